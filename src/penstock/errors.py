@@ -9,6 +9,7 @@ PenstockError
 ├── TrainingError        training itself ended the run                          (exit code 1)
 │   ├── WorkerFailed         the user's code raised in a worker
 │   └── Diverged             loss or gradient not finite
+├── Interrupted          Ctrl-C or SIGTERM; resumable                               (exit code 130)
 └── Fault                the machine's doing: the run can go on from its last   (exit code 3)
     │                    checkpoint
     ├── WorkerLost           a worker process died
@@ -83,6 +84,12 @@ class WorkerFailed(TrainingError):
 
 class Diverged(TrainingError):
     """Loss or gradient not finite: names step, shard and parameter."""
+
+
+class Interrupted(PenstockError, KeyboardInterrupt):
+    """A run was asked to stop, by Ctrl-C or SIGTERM."""
+
+    exit_code = 130
 
 
 class Fault(PenstockError):

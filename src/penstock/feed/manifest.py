@@ -24,7 +24,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [start, stop) of partition number `partition`; its first row has record id `first_id`."""
+    """Rows [start, stop) of partition number `partition`; the first has record id `first_id`."""
 
     partition: int
     start: int

@@ -1,0 +1,160 @@
+"""How the shards of one job agree on parameters: what `AllReduce` and `Averaging` share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from penstock.errors import Diverged
+from penstock.exchange.flat import Layout
+
+EXAMPLES, LOSS, STOP, SPARE = range(4)
+HEADER_SIZE = 4
+"""What each shard says beside its tensors: examples, sum of their losses, wish to stop."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What all workers know after an exchange, equal on all of them.
+
+    `loss` is the mean over `examples` (all shards, all steps since the last exchange); `stop` is
+    true when some worker wished it.
+    """
+
+    examples: int
+    loss: float
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Gradient clipping by global L2 norm or by value; None for neither."""
+
+    norm: float | None = None
+    value: float | None = None
+
+
+class Agreement(Protocol):
+    """One worker's part in keeping its shards and all others agreed. One step is:
+
+    for each own shard i: `activate(i)`, then `backward` for each of its micro-batches (or `skip`
+    when it has no examples left); then `commit`.
+    """
+
+    steps_apart: int
+    """Steps since the last exchange."""
+
+    @property
+    def agreed(self) -> bool:
+        """Whether all shards hold the same parameters and optimizer state now."""
+        ...
+
+    def activate(self, i: int) -> None:
+        """The network's parameters and gradients are the i-th own shard's from now on."""
+        ...
+
+    def backward(self, loss: torch.Tensor, examples: int, last: bool) -> None:
+        """Adds the gradients of a mean loss over `examples`; `last` ends the shard's part."""
+        ...
+
+    def skip(self) -> None:
+        """The active shard has no (more) examples in this step."""
+        ...
+
+    def commit(self, step: int, stop: bool, final: bool = False) -> Outcome | None:
+        """Ends step number `step`: exchange and update. None when the step needed no exchange."""
+        ...
+
+    def merged(self) -> AbstractContextManager[None]:
+        """While in it, the network's parameters are all shards' (weighted) mean. Collective."""
+        ...
+
+    def borders(self) -> dict[str, list[list[int]]]:
+        """Bucket borders by dtype: frozen when the job starts, used again on resume."""
+        ...
+
+    @property
+    def exchange_bytes(self) -> int:
+        """What each shard gives to an exchange."""
+        ...
+
+    def parameters_of(self, i: int) -> list[torch.Tensor]:
+        """The i-th own shard's trained parameters."""
+        ...
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The last gradients of the trained parameters, until the next step begins."""
+        ...
+
+
+def gradient_views(
+    parameters: Sequence[torch.nn.Parameter],
+    layouts: Sequence[Layout],
+    flats: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """For each parameter, its view in the flat buffers (one per layout, by dtype)."""
+    by_name = {
+        (layout.dtype, slot.name): view
+        for layout, flat in zip(layouts, flats, strict=True)
+        for slot, view in zip(layout.slots, layout.views(flat), strict=True)
+    }
+    return [by_name[p.dtype, str(number)] for number, p in enumerate(parameters)]
+
+
+def check_finite(
+    loss: float, flats: Sequence[torch.Tensor], parameters: dict[str, torch.Tensor], where: str
+) -> None:
+    """Raises Diverged when the loss or a gradient is not finite, naming the first parameter.
+
+    Arguments:
+        flats: all gradients of the shard.
+        parameters: each parameter's gradient by name, in order of registration.
+        where: names step and shard.
+    """
+    if math.isfinite(loss) and all(math.isfinite(flat.sum().item()) for flat in flats):
+        return
+    bad = [name for name, grad in parameters.items() if not torch.isfinite(grad).all()]
+    if math.isfinite(loss) and not bad:
+        return  # a sum of finite gradients that overflowed
+    gradient = (
+        f"the first parameter whose gradient is not finite is {bad[0]}"
+        if bad
+        else ("all gradients are finite")
+    )
+    raise Diverged(
+        f"{where}: the loss is {loss}; {gradient}",
+        hint="a smaller learning rate, clip: {norm: 1}, or look for bad values in this batch",
+    )
+
+
+def clip_gradients(flats: Sequence[torch.Tensor], clip: Clip) -> None:
+    """Clips in place, over all flat buffers together."""
+    if clip.value is not None:
+        for flat in flats:
+            flat.clamp_(-clip.value, clip.value)
+    if clip.norm is not None:
+        norms = torch.stack([torch.linalg.vector_norm(flat).double() for flat in flats])
+        norm = torch.linalg.vector_norm(norms).item()
+        if norm > clip.norm:
+            for flat in flats:
+                flat.mul_(clip.norm / (norm + 1e-6))
+
+
+@contextmanager
+def data_replaced(
+    parameters: Sequence[torch.nn.Parameter], tensors: Sequence[torch.Tensor]
+) -> Iterator[None]:
+    """The parameters have these values meanwhile."""
+    before = [p.data for p in parameters]
+    for p, tensor in zip(parameters, tensors, strict=True):
+        p.data = tensor
+    try:
+        yield
+    finally:
+        for p, tensor in zip(parameters, before, strict=True):
+            p.data = tensor

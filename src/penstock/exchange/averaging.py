@@ -1,0 +1,318 @@
+"""`Averaging`: a set of parameters per shard; every k steps all take the mean.
+
+Between exchanges shard s updates its own parameters p_s by its own gradients. Then, with n_s the
+examples it has seen since the last exchange,
+
+    p = sum_s n_s p_s / sum_s n_s
+
+along the fixed tree; the floating tensors of the optimizer's state likewise, if asked.
+(Parameter averaging of Deeplearning4j on Spark; McDonald, Hall, Mann 2010; with one step between
+exchanges and SGD, with or without momentum, it equals all-reduce.)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from penstock.exchange import agreement
+from penstock.exchange.agreement import EXAMPLES, LOSS, STOP, Clip, Outcome
+from penstock.exchange.flat import Layout, by_dtype
+from penstock.exchange.shard_sum import ShardSum
+from penstock.exchange.transport import Transport
+
+VOTE_EVERY = 10
+"""Steps between votes on stopping, where exchanges are further apart."""
+
+State = dict[torch.Tensor, dict[str, Any]]
+
+
+class AveragingAgreement:
+    """One worker's part in `Averaging`.
+
+    Arguments:
+        parameters: name and parameter, in order of registration; all need gradients.
+        optimizer: of these parameters.
+        own, shards: the shards of this worker, and their number in all.
+        every: steps between exchanges.
+        average_state: whether the optimizer's state is averaged as well.
+        where: names step and shard in errors, given an own shard's index.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        parameters: Sequence[tuple[str, torch.nn.Parameter]],
+        optimizer: torch.optim.Optimizer,
+        own: range,
+        shards: int,
+        *,
+        every: int,
+        average_state: bool,
+        clip: Clip,
+        where: Callable[[int], str],
+    ) -> None:
+        self._names = [name for name, _ in parameters]
+        self._parameters = [parameter for _, parameter in parameters]
+        self._optimizer, self._own, self._every = optimizer, own, every
+        self._clip, self._where = clip, where
+        device = self._parameters[0].device
+
+        numbered = [(str(n), p) for n, p in enumerate(self._parameters)]
+        self._layouts = [Layout.of(g, dtype) for dtype, g in by_dtype(numbered).items()]
+        self._gradients = [
+            torch.zeros(layout.length, dtype=layout.dtype, device=device)
+            for layout in self._layouts
+        ]
+        for p, view in zip(self._parameters, self._views(self._gradients), strict=True):
+            p.grad = view
+        self._flats = [[torch.zeros_like(gradient) for gradient in self._gradients] for _ in own]
+        self._data = [self._views(flats) for flats in self._flats]
+        for data in self._data:
+            for view, p in zip(data, self._parameters, strict=True):
+                view.copy_(p.data)
+        first = optimizer.state
+        self._states: list[State] = [first] + [self._copied(first) for _ in own[1:]]
+        self._place(0)
+
+        self._twin = _state_after_a_step(optimizer, self._parameters) if average_state else {}
+        in_state = [
+            (f"{n}/{key}", value)
+            for n, p in enumerate(self._parameters)
+            for key, value in self._twin.get(p, {}).items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        ]
+        grouped = by_dtype(numbered + in_state)
+        self._exchanged = [Layout.of(g, dtype) for dtype, g in grouped.items()]
+        self._sums = [
+            self._sum(transport, shards, layout.length, layout.dtype, device)
+            for layout in self._exchanged
+        ]
+        self._vote = self._sum(transport, shards, 0, torch.float64, device)
+        self._seen = [[0, 0.0] for _ in own]  # examples and loss since the last exchange
+        self._i, self._step_examples, self._step_loss = 0, 0, 0.0
+        self.steps_apart = 0
+        """Steps since the last exchange."""
+
+    @property
+    def agreed(self) -> bool:
+        return self.steps_apart == 0
+
+    def borders(self) -> dict[str, list[list[int]]]:
+        return {str(layout.dtype): [[0, layout.length]] for layout in self._exchanged}
+
+    def activate(self, i: int) -> None:
+        if i != self._i:
+            self._place(i)
+        self._step_examples, self._step_loss = 0, 0.0
+        for gradient in self._gradients:
+            gradient.zero_()
+
+    def backward(self, loss: torch.Tensor, examples: int, last: bool) -> None:
+        weighted = loss if last and not self._step_examples else loss * examples
+        weighted.backward()  # type: ignore[no-untyped-call]
+        self._step_loss += loss.item() * examples
+        if weighted is not loss:
+            self._step_examples += examples
+            if last:
+                for gradient in self._gradients:
+                    gradient.div_(self._step_examples)
+        else:
+            self._step_examples = examples
+        if last:
+            self._update()
+
+    def skip(self) -> None:
+        if self._step_examples:  # the micro-batches that came before
+            for gradient in self._gradients:
+                gradient.div_(self._step_examples)
+            self._update()
+
+    def commit(self, step: int, stop: bool, final: bool = False) -> Outcome | None:
+        if final:
+            return self._exchange(stop) if self.steps_apart else None
+        self.steps_apart += 1
+        if step % self._every == 0:
+            return self._exchange(stop)
+        if step % VOTE_EVERY == 0:
+            self._vote.header[:, STOP] = float(stop)
+            self._vote.send(0)
+            self._vote.finish()
+            if self._vote.headers[:, STOP].any():
+                return Outcome(0, float("nan"), True)
+        return None
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        if self.agreed:
+            yield
+            return
+        self._bring()
+        for s in self._sums:
+            s.send(0)
+        totals = [s.finish() for s in self._sums]
+        examples = self._sums[0].headers[:, EXAMPLES].sum().item()
+        means = {
+            (layout.dtype, slot.name): view.div(examples) if examples else None
+            for layout, total in zip(self._exchanged, totals, strict=True)
+            for slot, view in zip(layout.slots, layout.views(total), strict=True)
+        }
+        replaced = [
+            p.data if (mean := means[p.dtype, str(n)]) is None else mean
+            for n, p in enumerate(self._parameters)
+        ]
+        with agreement.data_replaced(self._parameters, replaced):
+            yield
+
+    @property
+    def exchange_bytes(self) -> int:
+        """What each shard gives to an exchange."""
+        return sum(layout.length * layout.dtype.itemsize for layout in self._exchanged)
+
+    def parameters_of(self, i: int) -> list[torch.Tensor]:
+        """The i-th own shard's parameters."""
+        return self._data[i]
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The active shard's gradient of each parameter, until its next step begins."""
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+    def seen(self, i: int) -> tuple[int, float]:
+        """Examples and sum of losses of the i-th own shard since the last exchange."""
+        examples, loss = self._seen[i]
+        return int(examples), loss
+
+    def state_of(self, i: int) -> State:
+        """The i-th own shard's optimizer state."""
+        return self._states[i]
+
+    def load(
+        self, i: int, data: Sequence[torch.Tensor], state: State, seen: tuple[int, float]
+    ) -> None:
+        """Sets the i-th own shard's parameters, optimizer state and what it has seen."""
+        for view, tensor in zip(self._data[i], data, strict=True):
+            view.copy_(tensor)
+        self._states[i].clear()
+        self._states[i].update(state)
+        self._seen[i] = list(seen)
+
+    def _views(self, flats: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return agreement.gradient_views(self._parameters, self._layouts, flats)
+
+    def _sum(
+        self,
+        transport: Transport,
+        shards: int,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> ShardSum:
+        return ShardSum(
+            transport,
+            self._own,
+            shards,
+            length,
+            dtype,
+            device,
+            [(0, length)],
+            agreement.HEADER_SIZE,
+        )
+
+    def _copied(self, state: State) -> State:
+        copied: State = defaultdict(dict)
+        for p in self._parameters:
+            if p in state:
+                copied[p] = copy.deepcopy(state[p])
+        return copied
+
+    def _place(self, i: int) -> None:
+        self._i = i
+        for p, view in zip(self._parameters, self._data[i], strict=True):
+            p.data = view
+        self._optimizer.state = self._states[i]  # type: ignore[assignment]
+
+    def _update(self) -> None:
+        agreement.check_finite(
+            self._step_loss,
+            self._gradients,
+            dict(zip(self._names, self.gradients(), strict=True)),
+            self._where(self._i),
+        )
+        agreement.clip_gradients(self._gradients, self._clip)
+        self._optimizer.step()
+        self._seen[self._i][EXAMPLES] += self._step_examples
+        self._seen[self._i][LOSS] += self._step_loss
+
+    def _bring(self) -> None:
+        """Fills every own shard's rows with its weighted tensors."""
+        for i in range(len(self._own)):
+            examples, loss = self._seen[i]
+            for layout, s in zip(self._exchanged, self._sums, strict=True):
+                row = s.row(i)
+                if examples == 0:
+                    row.zero_()
+                else:
+                    for slot, view in zip(layout.slots, layout.views(row), strict=True):
+                        torch.mul(self._tensor(i, slot.name), examples, out=view)
+                s.header[i, EXAMPLES], s.header[i, LOSS] = examples, loss
+                s.added(i)
+
+    def _tensor(self, i: int, name: str) -> torch.Tensor:
+        number, _, key = name.partition("/")
+        if not key:
+            return self._data[i][int(number)]
+        value: torch.Tensor = self._states[i][self._parameters[int(number)]][key]
+        return value
+
+    def _exchange(self, stop: bool) -> Outcome:
+        self._bring()
+        for s in self._sums:
+            s.header[:, STOP] = float(stop)
+            s.send(0)
+        totals = [s.finish() for s in self._sums]
+        headers = self._sums[0].headers.sum(0).tolist()
+        examples = int(headers[EXAMPLES])
+        if examples:
+            for layout, total in zip(self._exchanged, totals, strict=True):
+                total.div_(examples)
+                for slot, view in zip(layout.slots, layout.views(total), strict=True):
+                    for i in range(len(self._own)):
+                        self._adopt(i, slot.name, view)
+        self._seen = [[0, 0.0] for _ in self._own]
+        self.steps_apart = 0
+        return Outcome(
+            examples, headers[LOSS] / examples if examples else float("nan"), headers[STOP] > 0
+        )
+
+    def _adopt(self, i: int, name: str, mean: torch.Tensor) -> None:
+        number, _, key = name.partition("/")
+        if key:
+            p = self._parameters[int(number)]
+            if key not in self._states[i].get(p, {}):  # a shard that has made no step yet
+                self._states[i][p] = copy.deepcopy(self._twin[p])
+        self._tensor(i, name).copy_(mean)
+
+
+def _state_after_a_step(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]
+) -> State:
+    """What the optimizer's state looks like after a first step with zero gradients.
+
+    The step is made on copies; it tells names, shapes and dtypes before any shard has made one.
+    """
+    twin = copy.deepcopy(optimizer)
+    pairs = [
+        (ours, theirs)
+        for group, copied in zip(optimizer.param_groups, twin.param_groups, strict=True)
+        for ours, theirs in zip(group["params"], copied["params"], strict=True)
+    ]
+    for _, p in pairs:
+        p.grad = torch.zeros_like(p)
+    twin.step()
+    known = set(parameters)
+    return {ours: twin.state[p] for ours, p in pairs if ours in known and p in twin.state}

@@ -1,0 +1,101 @@
+"""The fixed binary tree along which sums over shards are taken.
+
+The tree over shards [low, high) splits at low + the largest power of two below high - low:
+
+    sum(low, high) = sum(low, middle) + sum(middle, high)
+
+It depends on the number of shards alone, so a sum has the same bits whoever computes its parts.
+A worker holds contiguous shards; `cover` gives the subtrees it can sum by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import torch
+
+Node = tuple[int, int]
+"""A subtree: the shards [low, high)."""
+
+
+def middle(low: int, high: int) -> int:
+    """Where the node [low, high) with at least two shards is split."""
+    return low + (1 << (high - low - 1).bit_length() - 1)
+
+
+@lru_cache(maxsize=64)
+def nodes(shards: int) -> frozenset[Node]:
+    """All 2 * shards - 1 nodes of the tree."""
+    found = set()
+    waiting = [(0, shards)]
+    while waiting:
+        low, high = waiting.pop()
+        found.add((low, high))
+        if high - low > 1:
+            split = middle(low, high)
+            waiting += [(low, split), (split, high)]
+    return frozenset(found)
+
+
+def assign(shards: int, workers: int) -> tuple[range, ...]:
+    """The contiguous shards of each worker; sizes differ by at most one."""
+    return tuple(range(shards * w // workers, shards * (w + 1) // workers) for w in range(workers))
+
+
+def merges(own: range, shards: int) -> tuple[tuple[Node, ...], tuple[int, ...]]:
+    """How a worker adds its own shards with a stack of rows, one row per subtree held.
+
+    Each shard is pushed on the stack; while the two topmost subtrees are siblings, the upper is
+    added to the lower and popped.
+
+    Returns:
+        The subtrees held at the end, in order (row i holds subtree i), and for each own shard the
+        number of additions that follow its push.
+    """
+    tree = nodes(shards)
+    stack: list[Node] = []
+    additions = []
+    for shard in own:
+        stack.append((shard, shard + 1))
+        count = 0
+        while len(stack) > 1 and (stack[-2][0], stack[-1][1]) in tree:
+            high = stack.pop()[1]
+            stack[-1] = (stack[-1][0], high)
+            count += 1
+        additions.append(count)
+    return tuple(stack), tuple(additions)
+
+
+def cover(own: range, shards: int) -> tuple[Node, ...]:
+    """The largest subtrees that lie within a worker's own shards, in order."""
+    return merges(own, shards)[0]
+
+
+def combine(parts: Mapping[Node, torch.Tensor], shards: int, out: torch.Tensor) -> None:
+    """Adds subtrees to the whole.
+
+    Arguments:
+        parts: subtrees that together cover all shards; each (n,), overwritten.
+        out: (n,), receives the sum over all shards; may be one of the parts.
+    """
+
+    def total(node: Node) -> torch.Tensor:
+        if node in parts:
+            return parts[node]
+        split = middle(*node)
+        return total((node[0], split)).add_(total((split, node[1])))
+
+    if (0, shards) in parts:
+        if parts[0, shards] is not out:
+            out.copy_(parts[0, shards])
+        return
+    split = middle(0, shards)
+    torch.add(total((0, split)), total((split, shards)), out=out)
+
+
+def tree_sum(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of one tensor per shard along the tree; a reference for tests and small things."""
+    out = torch.empty_like(values[0])
+    combine({(s, s + 1): v.clone() for s, v in enumerate(values)}, len(values), out)
+    return out

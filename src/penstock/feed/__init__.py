@@ -1,0 +1,23 @@
+"""Records to tensors: sources of data that any worker can open, and who owns which rows."""
+
+from __future__ import annotations
+
+from penstock.feed.arrays import arrays, npz
+from penstock.feed.dataset import dataset
+from penstock.feed.idx import mnist
+from penstock.feed.manifest import Manifest, Partition, Piece
+from penstock.feed.parquet import parquet
+from penstock.feed.source import Records, Source
+
+__all__ = [
+    "Manifest",
+    "Partition",
+    "Piece",
+    "Records",
+    "Source",
+    "arrays",
+    "dataset",
+    "mnist",
+    "npz",
+    "parquet",
+]

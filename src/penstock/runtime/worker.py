@@ -1,0 +1,542 @@
+"""`Worker`: what a training function sees of its process, the same for a Job's loop and one's own.
+
+    def train(worker):
+        network, optimizer = worker.prepare(MyNetwork(), partial(torch.optim.AdamW, lr=3e-4))
+        for batch in worker.batches("train", epochs=10, batch_size=32):
+            worker.step(loss(network(batch.x), batch.y))
+
+A worker carries one or more shards. `batches` hands out one batch of each of them per optimizer
+step, and while a shard's batch is out, the process has that shard's random state, buffers and (with
+`Averaging`) parameters; so what a shard computes does not depend on who carries it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from penstock.errors import NetworkError, UserError, did_you_mean
+from penstock.exchange import tree
+from penstock.exchange.agreement import Clip, Outcome
+from penstock.exchange.averaging import AveragingAgreement
+from penstock.exchange.gradients import GradientAgreement
+from penstock.exchange.transport import Transport
+from penstock.feed import Source
+from penstock.job import AllReduce, Averaging
+from penstock.plan import Plan
+from penstock.runtime import saving
+from penstock.runtime.batches import Batch, Cursor, Feed
+from penstock.runtime.channel import Message
+from penstock.runtime.checkpoint import Checkpoint, prune
+from penstock.runtime.evaluation import Evaluation
+from penstock.runtime.recorder import Recorder
+from penstock.runtime.saving import Prepared, Progress
+from penstock.runtime.scoring import score
+from penstock.runtime.shards import (
+    RandomState,
+    ShardBuffers,
+    merged_buffers,
+    seed,
+)
+from penstock.runtime.store import Store
+
+PROGRESS_EVERY_S = 0.1
+
+
+class Interrupt(BaseException):
+    """Unwinds a training function after the driver asked to stop and a checkpoint was written."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a worker works, beside what its plan fixes."""
+
+    strategy: AllReduce | Averaging
+    keep: int = 3
+    scalars_every: int = 1
+    histograms_every: int = 0
+    clip: Clip = field(default_factory=Clip)
+
+
+class Worker:
+    """One process of a run.
+
+    Attributes:
+        rank, world_size: of this process among all.
+        shards: the shards it carries, a range of 0 to num_shards - 1.
+        device: where its network and batches are.
+        resumed: whether the run goes on from a checkpoint.
+        memory: JSON values that checkpoints keep; for a loop's own state.
+        after_step: functions called with the worker after every step, on all workers alike.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        plan: Plan,
+        sources: Mapping[str, Source],
+        settings: Settings,
+        store: Store,
+        saved: Checkpoint | None,
+        send: Callable[[Message], None],
+        receive: Callable[[], list[Message]],
+    ) -> None:
+        self.rank, self.world_size = transport.rank, transport.world_size
+        self.num_shards = plan.shards
+        self.shards = tree.assign(plan.shards, transport.world_size)[transport.rank]
+        self.device = torch.device(plan.device)
+        self.resumed = saved is not None
+        self.after_step: list[Callable[[Worker], None]] = []
+        self.plan = plan
+        self._transport, self._settings, self._store, self._saved = (
+            transport,
+            settings,
+            store,
+            saved,
+        )
+        self._send, self._receive = send, receive
+        self._feeds = {
+            name: Feed(
+                name,
+                source,
+                plan.manifests[name],
+                self.shards,
+                plan.shards,
+                plan.seed,
+                self.device,
+            )
+            for name, source in sources.items()
+        }
+        self._prepared: Prepared | None = None
+        self._progress = Progress()
+        self._recorder: Recorder | None = None
+        self._active: int | None = None
+        self._out: _Out | None = None
+        self._in_step, self._between_steps = False, True
+        self._requested_checkpoint = False
+        self._checkpointed_at = -1
+        self._schedule_every = 1
+        self._wish: str | None = None
+        self.stopped: str | None = None
+        """Why training ends before its last epoch, or None; equal on all workers."""
+        self.loss = math.nan
+        """Mean loss over all shards' examples in the last exchange."""
+        self._shown_at = 0.0
+        self._shown: dict[str, Any] = {"epochs": 0, "steps_per_epoch": 0}
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done."""
+        return self._progress.step
+
+    @property
+    def examples(self) -> int:
+        """Records trained on so far, all shards together, as far as exchanged."""
+        return self._progress.examples
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        return self._progress.memory
+
+    def prepare(
+        self,
+        network: torch.nn.Module | Callable[[], torch.nn.Module],
+        optimizer: Callable[..., torch.optim.Optimizer] | torch.optim.Optimizer,
+        schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
+        schedule_every: int = 1,
+    ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        """Readies a network for training; once in a run, on all workers.
+
+        Arguments:
+            network: a module, or a function that makes one (called under the job's seed). All
+                workers begin with rank 0's parameters.
+            optimizer: what makes it from parameters, or one of this network's parameters.
+            schedule: what makes a torch learning-rate schedule from the optimizer.
+            schedule_every: optimizer steps from one step of the schedule to the next.
+
+        Returns:
+            The network on this worker's device, and the optimizer; both in the checkpoint's state
+            when the run is resumed.
+        """
+        if self._prepared is not None:
+            raise UserError("worker.prepare was called twice", hint="one network for each run")
+        self._schedule_every = schedule_every
+        seed(self.plan.seed, 0)
+        module = network if isinstance(network, torch.nn.Module) else network()
+        module.to(self.device).train()
+        for tensor in [*module.parameters(), *module.buffers()]:
+            self._transport.broadcast(tensor.data, root=0).wait()
+        made = (
+            optimizer
+            if isinstance(optimizer, torch.optim.Optimizer)
+            else optimizer(module.parameters())
+        )
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if not trained:
+            raise NetworkError("the network has no parameter to train")
+        in_groups = {id(p) for group in made.param_groups for p in group["params"]}
+        missing = [name for name, p in trained if id(p) not in in_groups]
+        if missing:
+            raise NetworkError(
+                f"the optimizer does not have parameter {missing[0]}",
+                hint="freeze it (requires_grad_(False)) or give the optimizer all parameters",
+            )
+        self._prepared = Prepared(
+            module,
+            made,
+            schedule(made) if schedule else None,
+            self._agreement(trained, made),
+            ShardBuffers(module, len(self.shards)),
+            [RandomState.seeded(self.plan.seed, 1, shard) for shard in self.shards],
+            self.shards,
+            self.num_shards,
+        )
+        agreement = self._prepared.agreement
+        self.plan = self.plan.with_network(
+            agreement.borders(),
+            sum(p.numel() for _, p in trained),
+            agreement.exchange_bytes,
+        )
+        if self._saved is not None:
+            self._progress = saving.restore(self._prepared, self._saved)
+            self._checkpointed_at = self._progress.step
+        if self.rank == 0:
+            self._recorder = Recorder(
+                self._store.url,
+                self._settings.scalars_every,
+                self._settings.histograms_every,
+                self._progress.step if self.resumed else None,
+            )
+            self._send({"event": "prepared", "plan": self.plan.to_dict()})
+        if not self.resumed:  # so that a run can be resumed from its first moment on
+            self._checkpoint(None)
+        return module, made
+
+    def steps_per_epoch(self, name: str, examples_per_step: int) -> int:
+        """Optimizer steps until every record of a source was seen once.
+
+        Arguments:
+            examples_per_step: of each shard.
+        """
+        return self._feed(name).steps_per_epoch(examples_per_step)
+
+    def batches(
+        self, name: str = "train", *, epochs: int, batch_size: int = 32, accumulate: int = 1
+    ) -> Iterator[Batch]:
+        """Batches of this worker's shards; each record once per epoch. See the module's words.
+
+        When resumed, goes on where the checkpoint was written.
+
+        Arguments:
+            name: of the source.
+            epochs: how often each record is seen.
+            batch_size: records per shard and batch.
+            accumulate: batches per shard and optimizer step.
+        """
+        prepared, feed = self._need_prepared(), self._feed(name)
+        agreement, own, per_step = prepared.agreement, self.shards, batch_size * accumulate
+        steps = feed.steps_per_epoch(per_step)
+        cursor = self._progress.cursors.setdefault(name, Cursor())
+        self._shown = {"source": name, "steps_per_epoch": steps, "epochs": epochs}
+        while cursor.epoch < epochs and self.stopped is None:
+            self._in_step, self._between_steps = True, False
+            if self._recorder is not None:
+                self._recorder.before_step(self.global_step + 1, agreement.parameters_of(0))
+            reads = [feed.rows_of_step(i, cursor.step, per_step) for i in range(len(own))]
+            last = max((i for i, positions in enumerate(reads) if positions), default=-1)
+            for i, positions in enumerate(reads[: last + 1]):
+                self._enter(i)
+                agreement.activate(i)
+                for start in range(0, len(positions), batch_size):
+                    batch = feed.batch(i, cursor.epoch, positions[start : start + batch_size])
+                    ends_shard = start + batch_size >= len(positions)
+                    self._out = _Out(batch, i, ends_shard, ends_shard and i == last)
+                    yield batch
+                    if self._out is not None and ends_shard:  # the loop made no step of it
+                        agreement.skip()
+                    self._out = None
+                if not positions:
+                    agreement.skip()
+            if self._in_step:
+                self._commit(range(last + 1, len(own)))
+            cursor.step += 1
+            if cursor.step == steps:
+                cursor.epoch, cursor.step = cursor.epoch + 1, 0
+            self._after_step()
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Backward, exchange, update: call it with the mean loss over the batch that is out."""
+        out, prepared = self._out, self._need_prepared()
+        if out is None:
+            raise UserError(
+                "worker.step was called without a batch of worker.batches, or twice for one",
+                hint="for batch in worker.batches(...): worker.step(loss)",
+            )
+        if loss.dim() != 0:
+            raise NetworkError(
+                f"the loss has shape {tuple(loss.shape)}; expected one number, the mean over the "
+                "batch",
+                hint="loss.mean()",
+            )
+        self._out = None
+        prepared.agreement.backward(loss, out.batch.size, out.ends_shard)
+        if out.ends_step:
+            self._commit(range(out.i + 1, len(self.shards)))
+
+    def stop(self, reason: str) -> None:
+        """Asks all workers to end training after this step or the next exchange."""
+        self._wish = self._wish or reason
+
+    def report(self, **scalars: float) -> None:
+        """Writes scalars to the run's events at the current step (rank 0's are kept)."""
+        if self._recorder is not None:
+            self._recorder.scalars(self.global_step, scalars)
+
+    def checkpoint(self, metric: float | None = None) -> None:
+        """Asks for a checkpoint after the current step; all workers must ask for the same ones.
+
+        Arguments:
+            metric: higher is better; the checkpoint with the highest is kept beside the last ones.
+        """
+        if self._between_steps:
+            self._checkpoint(metric)
+        else:
+            self._requested_checkpoint = True
+
+    def evaluate(
+        self,
+        name: str = "test",
+        *,
+        loss: Callable[[Any, Any], torch.Tensor] | None = None,
+        task: str | None = "classification",
+        top_k: tuple[int, ...] = (1,),
+        batch_size: int = 256,
+        network: Callable[[Any], torch.Tensor] | None = None,
+    ) -> Evaluation:
+        """Scores the network on all records of a source, exactly. Collective.
+
+        The network has all shards' mean parameters and buffers meanwhile, and is in eval mode.
+
+        Arguments:
+            loss: also the mean of this over all records.
+            task: "classification", "regression", or None for the loss alone.
+            top_k: accuracies to give, for classification.
+            network: what is called with features instead of the network itself.
+        """
+        prepared, feed = self._need_prepared(), self._feed(name)
+        if self._recorder is not None:
+            self._recorder.pause()
+        buffers = merged_buffers(self._transport, prepared.buffers, self.shards, self.num_shards)
+        with prepared.agreement.merged(), prepared.buffers.replaced(buffers):
+            evaluation = score(
+                self._transport,
+                prepared.network,
+                network or prepared.network,
+                feed,
+                self.num_shards,
+                loss=loss,
+                task=task,
+                top_k=top_k,
+                batch_size=batch_size,
+            )
+        if self._recorder is not None:
+            self._recorder.scalars(
+                self.global_step, {f"{name}/{k}": v for k, v in evaluation.numbers().items()}
+            )
+            self._recorder.go_on()
+            self._send(
+                {
+                    "event": "evaluated",
+                    "source": name,
+                    "step": self.global_step,
+                    "evaluation": evaluation.to_dict(),
+                }
+            )
+        return evaluation
+
+    def conclude(self) -> None:
+        """Ends training with one more exchange where shards stand apart. Collective."""
+        outcome = self._need_prepared().agreement.commit(self.global_step, False, final=True)
+        self._count(outcome)
+
+    def finish(self) -> None:
+        """Concludes, unless interrupted, and writes the last checkpoint. Collective."""
+        if self._prepared is None:
+            return
+        if self.stopped != "interrupted":
+            self.conclude()
+            self._checkpoint(None, again=True)
+        if self._recorder is not None:
+            self._send_progress()
+            self._recorder.close()
+
+    def _agreement(
+        self, trained: list[tuple[str, torch.nn.Parameter]], optimizer: torch.optim.Optimizer
+    ) -> GradientAgreement | AveragingAgreement:
+        strategy, clip = self._settings.strategy, self._settings.clip
+        if isinstance(strategy, Averaging):
+            return AveragingAgreement(
+                self._transport,
+                trained,
+                optimizer,
+                self.shards,
+                self.num_shards,
+                every=strategy.every,
+                average_state=strategy.average_optimizer_state,
+                clip=clip,
+                where=self._where,
+            )
+        return GradientAgreement(
+            self._transport,
+            trained,
+            optimizer,
+            self.shards,
+            self.num_shards,
+            bucket_bytes=strategy.bucket_bytes,
+            borders=self.plan.borders,
+            clip=clip,
+            where=self._where,
+        )
+
+    def _where(self, i: int) -> str:
+        return f"step {self.global_step + 1}, shard {self.shards[i]} on rank {self.rank}"
+
+    def _need_prepared(self) -> Prepared:
+        if self._prepared is None:
+            raise UserError(
+                "there is no network yet", hint="call worker.prepare(network, optimizer) first"
+            )
+        return self._prepared
+
+    def _feed(self, name: str) -> Feed:
+        if name not in self._feeds:
+            known = sorted(self._feeds)
+            raise UserError(
+                f"there is no source {name!r}; there are {', '.join(known) or 'none'}",
+                hint=did_you_mean(name, known) or f"penstock.launch(train, {name}=...)",
+            )
+        return self._feeds[name]
+
+    def _enter(self, i: int) -> None:
+        """The process gets the i-th own shard's random state and buffers."""
+        if self._active == i:
+            return
+        prepared = self._need_prepared()
+        if self._active is not None:
+            prepared.random[self._active] = RandomState.capture()
+        prepared.random[i].restore()
+        prepared.buffers.activate(i)
+        self._active = i
+
+    def _commit(self, drained: range) -> None:
+        """Ends the step; the drained own shards have no record in it."""
+        prepared, step = self._need_prepared(), self.global_step + 1
+        for i in drained:
+            prepared.agreement.activate(i)
+            prepared.agreement.skip()
+        for message in self._receive():
+            if message.get("do") == "stop":
+                self.stop("interrupted")
+        outcome = prepared.agreement.commit(step, self._wish is not None)
+        self._progress.step = step
+        self._count(outcome)
+        if prepared.schedule is not None and step % self._schedule_every == 0:
+            prepared.schedule.step()
+        if outcome is not None and outcome.stop:
+            self.stopped = self._agree_why()
+        self._in_step = False
+        if self._recorder is not None:
+            self._show(prepared, outcome)
+
+    def _count(self, outcome: Outcome | None) -> None:
+        if outcome is not None and outcome.examples:
+            self._progress.examples += outcome.examples
+            self.loss = outcome.loss
+
+    def _agree_why(self) -> str:
+        """The wish of the lowest rank that has one."""
+        text = (self._wish or "").encode()[:64]
+        mine = torch.zeros(64, dtype=torch.uint8)
+        mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+        everyone = torch.empty(self.world_size, 64, dtype=torch.uint8)
+        self._transport.all_gather(everyone, mine).wait()
+        wishes = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everyone]
+        if "interrupted" in wishes:
+            return "interrupted"
+        return next(wish for wish in wishes if wish)
+
+    def _show(self, prepared: Prepared, outcome: Outcome | None) -> None:
+        assert self._recorder is not None
+        trained = [(name, p) for name, p in prepared.parameters if p.requires_grad]
+        self._recorder.after_step(
+            self.global_step,
+            outcome,
+            [float(group["lr"]) for group in prepared.optimizer.param_groups],
+            [name for name, _ in trained],
+            prepared.agreement.parameters_of(0),
+            prepared.agreement.gradients(),
+        )
+        now = time.perf_counter()
+        if now - self._shown_at > PROGRESS_EVERY_S:
+            self._shown_at = now
+            self._send_progress()
+
+    def _send_progress(self) -> None:
+        assert self._recorder is not None
+        cursor = self._progress.cursors.get(self._shown.get("source", ""), Cursor())
+        self._send(
+            {
+                "event": "progress",
+                "step": self.global_step,
+                "epoch": cursor.epoch,
+                "step_in_epoch": cursor.step,
+                "loss": self.loss,
+                "examples": self.examples,
+                "examples_per_s": self._recorder.examples_per_s,
+                **self._shown,
+            }
+        )
+
+    def _after_step(self) -> None:
+        self._between_steps = True
+        for function in self.after_step:
+            function(self)
+        if self._requested_checkpoint or self.stopped == "interrupted":
+            self._requested_checkpoint = False
+            self._checkpoint(None)
+        if self.stopped == "interrupted":
+            raise Interrupt
+
+    def _checkpoint(self, metric: float | None, *, again: bool = False) -> None:
+        prepared, progress = self._need_prepared(), self._progress
+        if self._checkpointed_at == self.global_step and metric is None and not again:
+            return
+        if self._active is not None:
+            prepared.random[self._active] = RandomState.capture()
+        if self._recorder is not None:
+            self._recorder.pause()
+            self._recorder.flush()
+        if metric is not None and (progress.best is None or metric > progress.best[1]):
+            progress.best = [self.global_step, metric]
+        saving.save(prepared, progress, self.plan, self._transport, self._store, metric)
+        self._checkpointed_at = self.global_step
+        if self._recorder is not None:
+            best = None if progress.best is None else int(progress.best[0])
+            prune(self._store, self._settings.keep, best)
+            self._recorder.go_on()
+            self._send({"event": "checkpointed", "step": self.global_step})
+
+
+@dataclass(frozen=True)
+class _Out:
+    """A batch that is with the training function."""
+
+    batch: Batch
+    i: int
+    ends_shard: bool
+    ends_step: bool
