@@ -84,7 +84,7 @@ def test_defaults() -> None:
     made = job()
     assert made.name == "lenet"
     assert (made.workers, made.shards, made.threads, made.seed) == (1, 1, None, 0)
-    assert made.strategy == AllReduce(bucket_bytes=4 * 2**20, exact=True)
+    assert made.strategy == AllReduce(bucket_bytes=4 * 2**20)
     assert made.checkpoint == Checkpoint(every="1 epoch", keep=3, best=None)
     assert made.evaluate == Evaluate(every="1 epoch", task="classification", top_k=[1])
     assert made.events == Events(scalars_every=1, histograms_every=0)
@@ -136,7 +136,7 @@ def test_interval() -> None:
         ("allreduce", AllReduce()),
         ("all_reduce", AllReduce()),
         ("AllReduce", AllReduce()),
-        ({"all_reduce": {"exact": False}}, AllReduce(exact=False)),
+        ({"all_reduce": {"bucket_bytes": 4096}}, AllReduce(bucket_bytes=4096)),
         ("averaging", Averaging()),
         ({"averaging": {"every": 7}}, Averaging(every=7)),
         (Averaging(every=7), Averaging(every=7)),

@@ -282,9 +282,11 @@ def test_overrides(tmp_path: Path) -> None:
 
 def test_another_name_takes_the_place_of_the_former(tmp_path: Path) -> None:
     path = write(tmp_path, SMALL + "strategy: {averaging: {every: 3}}\n")
-    made = Job.from_yaml(path, ["optimizer.sgd.momentum=0.9", "strategy.allreduce.exact=false"])
+    made = Job.from_yaml(
+        path, ["optimizer.sgd.momentum=0.9", "strategy.allreduce.bucket_bytes=4096"]
+    )
     assert made.optimizer.describe() == {"sgd": {"momentum": 0.9}}
-    assert made.strategy == AllReduce(exact=False)
+    assert made.strategy == AllReduce(bucket_bytes=4096)
     assert Job.from_yaml(path, ["network={penstock.zoo:lenet: {classes: 3}}"]).network.keywords == {
         "classes": 3
     }

@@ -1,4 +1,4 @@
-"""What workers print, kept in the run directory as segments: `logs/rank-0.000000.log`, and so on."""
+"""What workers print, kept in the run directory as segments: `logs/rank-0.000000.log` and so on."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,9 +28,11 @@ def train(job: Job, worker: Worker) -> None:
         None if job.schedule is None else job.schedule.make,
         1 if job.schedule_every == "step" else steps_per_epoch,
     )
-    autocast = functools.partial(
-        torch.autocast, worker.device.type, torch.bfloat16, job.precision == "bfloat16"
-    )
+
+    def autocast() -> AbstractContextManager[Any]:
+        enabled = job.precision == "bfloat16"
+        return torch.autocast(worker.device.type, torch.bfloat16, enabled)
+
     between = _Between(job, worker, steps_per_epoch, loss_of, autocast)
     worker.after_step.append(between)
     between.tell("started")
@@ -109,7 +111,7 @@ class _Between:
         worker: Worker,
         steps_per_epoch: int,
         loss_of: Any,
-        autocast: functools.partial[AbstractContextManager[None]],
+        autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._job, self._worker = job, worker
         self._steps_per_epoch, self._loss_of, self._autocast = steps_per_epoch, loss_of, autocast

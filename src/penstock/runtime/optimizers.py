@@ -27,7 +27,7 @@ def _late(method: Callable[..., Any]) -> Callable[..., Any]:
         if "torch._dynamo" in sys.modules:
             import torch._dynamo
 
-            disabled = torch._dynamo.disable(method, True, wrapping=False)
+            disabled = torch._dynamo.disable(method, True, wrapping=False)  # type: ignore[no-untyped-call]
             setattr(method, CACHE, disabled)
             return disabled(*arguments, **keywords)
         return method(*arguments, **keywords)

@@ -110,7 +110,7 @@ def save(
             files.append(
                 checkpoint.write_tensors(store, step, "optimizer.safetensors", tensors, numbers)
             )
-        state: dict[str, Any] = {
+        values: dict[str, Any] = {
             "progress": asdict(replace(progress, steps_apart=agreement.steps_apart)),
             "plan": plan.to_dict(),
             "groups": [
@@ -119,7 +119,7 @@ def save(
             ],
             "schedule": prepared.schedule.state_dict() if prepared.schedule else None,
         }
-        files.append(checkpoint.write_json(store, step, "state.json", _plain(state, "state")))
+        files.append(checkpoint.write_json(store, step, "state.json", _plain(values, "state")))
     everyone = _gather_files(files, transport)
     if transport.rank == 0:
         checkpoint.seal(store, step, everyone, metric)

@@ -28,7 +28,7 @@ class RandomState:
     @classmethod
     def capture(cls) -> RandomState:
         """The state of this process's generators now."""
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        cuda = torch.cuda.get_rng_state() if _cuda_in_use() else None
         numpy_state = np.random.get_state(legacy=False)
         assert isinstance(numpy_state, dict)
         return cls(torch.get_rng_state(), cuda, numpy_state, random.getstate())
@@ -80,6 +80,10 @@ class RandomState:
         }
         python = (version, tuple(words), gauss_next[0] if gauss_next else None)
         return cls(tensors["torch_cpu"], tensors.get("torch_cuda"), numpy_state, python)
+
+
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def seed(*key: int) -> None:
