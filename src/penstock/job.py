@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -36,6 +36,9 @@ from penstock.parts import (
 )
 from penstock.section import Problem, Problems, Section, label, problems_of, received
 from penstock.spec import CALLBACK, LOSS, NETWORK, OPTIMIZER, SCHEDULE, SOURCE, Maker, Role, fold
+
+if TYPE_CHECKING:
+    from penstock.runtime.run import Run
 
 __all__ = [
     "AllReduce",
@@ -261,7 +264,8 @@ class Job(Section):
         workers: int | None = None,
         resume: Any = None,
         run_dir: str | None = None,
-    ) -> Any:
+        progress: bool = True,
+    ) -> Run:
         """Train.
 
         Arguments:
@@ -269,6 +273,7 @@ class Job(Section):
             workers: how many, in place of the job's.
             resume: a run, or its directory, to go on from.
             run_dir: the run's directory; default a new one in `runs`.
+            progress: whether to show how the run goes on standard error.
 
         Returns:
             The Run.
@@ -277,7 +282,9 @@ class Job(Section):
         # handing itself over.
         from penstock.runtime.driver import run_job
 
-        return run_job(self, on=on, workers=workers, resume=resume, run_dir=run_dir)
+        return run_job(
+            self, on=on, workers=workers, resume=resume, run_dir=run_dir, progress=progress
+        )
 
 
 def _said(value: Any) -> Any:

@@ -1,0 +1,164 @@
+"""The `penstock` command. Each verb is one call of the library.
+
+Data goes to standard output, messages to standard error. Exit codes: 0 done; 1 training failed;
+2 something given cannot be; 3 a worker was lost (resumable); 130 interrupted (resumable).
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from penstock.cluster.local import warm
+from penstock.errors import JobError, PenstockError
+from penstock.runtime.preload import PRELOAD
+
+if TYPE_CHECKING:
+    from penstock.job import Job
+    from penstock.runtime.evaluation import Evaluation
+    from penstock.runtime.run import Run
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    name="penstock",
+    help="Train one PyTorch model on many machines, with the same bits on however many.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="What to train and how.")]
+RunDirectory = Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="In place of the file's; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def run(
+    job_file: Annotated[
+        Path | None,
+        typer.Argument(metavar="JOB.yaml", help="What to train; with --resume the run's own."),
+    ] = None,
+    on: Annotated[str, typer.Option(help="Where: local, or local:PORT.")] = "local",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Go on from this run's last checkpoint.")
+    ] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="The run directory to make.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a job."""
+    warm(PRELOAD)  # imports torch for the workers while this process does
+    from penstock.job import Job
+    from penstock.runtime.run import Run
+
+    if job_file is None:
+        if resume is None:
+            raise JobError(
+                "run: neither JOB.yaml nor --resume RUN", hint="penstock run examples/lenet.yaml"
+            )
+        job = Run(resume).job
+    else:
+        job = Job.from_yaml(job_file, overrides or [])
+    _train(job, on, workers, resume, run_dir, as_json)
+
+
+@app.command()
+def demo() -> None:
+    """Train LeNet on 10,000 real digits with two workers on this machine."""
+    warm(PRELOAD)
+    from penstock.job import Job
+
+    with importlib.resources.as_file(importlib.resources.files("penstock.demo")) as folder:
+        job = Job.from_yaml(folder / "lenet.yaml")
+    _train(job, "local", None, None, None, False)
+
+
+@app.command()
+def validate(job_file: JobFile, overrides: Overrides = None) -> None:
+    """Check a job without training: the file, the data, one batch through the network."""
+    from penstock.job import Job
+    from penstock.runtime.check import check
+
+    job = Job.from_yaml(job_file, overrides or [])
+    for line in check(job):
+        print(line)
+    print(f"{job_file}: good", file=sys.stderr)
+
+
+@app.command()
+def evaluate(run_directory: RunDirectory, as_json: AsJson = False) -> None:
+    """Score a run's network on its job's test source."""
+    from penstock.runtime.run import Run
+
+    _print(Run(run_directory).evaluate(), as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Examine this machine: what training needs, and the fix for each thing missing."""
+    from rich.console import Console
+
+    from penstock.cli.doctor import examine, show
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([vars(finding) for finding in findings], indent=1))
+    else:
+        show(findings, Console())
+    if any(finding.status == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _train(
+    job: Job,
+    on: str,
+    workers: int | None,
+    resume: str | None,
+    run_dir: str | None,
+    as_json: bool,
+) -> None:
+    found: Run = job.run(on=on, workers=workers, resume=resume, run_dir=run_dir)
+    result = found.result
+    if result["stopped"]:
+        print(f"stopped early: {result['stopped']}", file=sys.stderr)
+    if found.evaluation is not None:
+        _print(found.evaluation, as_json)
+    print(
+        f"run    {found.url}   {result['step']:,} steps in {result['seconds']:.1f} s, "
+        f"the first after {result['seconds_to_first_step'] or 0:.1f} s\n"
+        f"       penstock evaluate {found.url}\n"
+        f"       tensorboard --logdir {found.url}",
+        file=sys.stderr,
+    )
+
+
+def _print(evaluation: Evaluation, as_json: bool) -> None:
+    print(json.dumps(evaluation.to_dict()) if as_json else evaluation)
+
+
+def main() -> None:
+    """The command's entry: errors of ours end in a message and a hint, not in a traceback."""
+    try:
+        app()
+    except PenstockError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        sys.exit(141)

@@ -42,6 +42,7 @@ from penstock.runtime.checkpoint import latest
 from penstock.runtime.coordinator import Coordinator
 from penstock.runtime.entry import Assignment
 from penstock.runtime.logs import Logs
+from penstock.runtime.preload import PRELOAD, TARGET
 from penstock.runtime.run import Run
 from penstock.runtime.store import Store
 from penstock.runtime.worker import Settings, Worker
@@ -185,7 +186,7 @@ def _run(
 ) -> Run:
     began = time.perf_counter()
     port = _local_port(on)
-    warm(entry.PRELOAD)  # imports while we look at the data
+    warm(PRELOAD)  # imports while we look at the data
     manifests = {name: source.manifest() for name, source in sources.items()}
     if resume is None:
         store = Store(run_dir or _new_directory(wanted))
@@ -219,14 +220,14 @@ def _run(
         try:
             packed = payload.pack(entry.head(coordinator.address, token), assignment)
             store.write("plan.json", json.dumps(plan.to_dict(), indent=1).encode())
-            launcher = LocalLauncher(entry.PRELOAD, {"GLOO_SOCKET_IFNAME": "lo"})
+            launcher = LocalLauncher(PRELOAD, {"GLOO_SOCKET_IFNAME": "lo"})
             watched = _Watch(coordinator, launcher, store, workers, display(progress), began)
             watched.shown.line(
                 f"{wanted.name}  {_workers(workers)} on this machine"
                 + ("" if resume_step is None else f", resumed after step {resume_step}")
             )
             try:
-                launcher.start(packed, entry.TARGET, workers)
+                launcher.start(packed, TARGET, workers)
                 watched.until_all_ended()
             finally:
                 launcher.close()

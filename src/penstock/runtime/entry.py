@@ -24,17 +24,6 @@ from penstock.runtime.payload import Payload
 from penstock.runtime.store import Store
 from penstock.runtime.worker import Interrupt, Settings, Worker
 
-TARGET = "penstock.runtime.entry:main"
-
-PRELOAD = (
-    "penstock.runtime.entry",
-    "penstock.runtime.loop",
-    "penstock.runtime.optimizers",
-    "torch.optim",
-    "safetensors.torch",
-)
-"""What a fork server imports; nothing of it starts a thread."""
-
 
 @dataclass(frozen=True)
 class Assignment:

@@ -40,7 +40,8 @@ def train(job: Job, worker: Worker) -> None:
         "train", epochs=job.epochs, batch_size=job.batch_size, accumulate=job.accumulate
     ):
         with autocast():
-            loss = _loss(network, loss_of, batch, worker)
+            where = f"step {worker.global_step + 1}, shard {batch.shard}"
+            loss = loss_of_batch(network, loss_of, batch, where)
         worker.step(loss)
     worker.conclude()
     if job.test is not None and between.evaluated_at != worker.global_step:
@@ -48,7 +49,7 @@ def train(job: Job, worker: Worker) -> None:
     between.tell("ended")
 
 
-def _loss(network: torch.nn.Module, loss_of: Any, batch: Batch, worker: Worker) -> torch.Tensor:
+def loss_of_batch(network: torch.nn.Module, loss_of: Any, batch: Batch, where: str) -> torch.Tensor:
     """The loss of a batch; what the network or the loss raises names the records."""
     output = None
     try:
@@ -56,8 +57,8 @@ def _loss(network: torch.nn.Module, loss_of: Any, batch: Batch, worker: Worker) 
         loss: torch.Tensor = loss_of(output, batch.y)
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         place = (
-            f"step {worker.global_step + 1}, shard {batch.shard}, records {_few(batch.ids)}: "
-            f"features {_shape(batch.x)}, target {_shape(batch.y)}"
+            f"{where}, records {_few(batch.ids)}: features {_shape(batch.x)}, "
+            f"target {_shape(batch.y)}"
         )
         if output is None:
             raise NetworkError(

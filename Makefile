@@ -1,0 +1,51 @@
+# Two commands for a fresh Debian machine with Python 3.11:  make demo  and  make test.
+# Everything is installed into .venv, at the versions that constraints.txt names.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check bench format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/penstock demo
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.tests-installed
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: $(VENV)/.tests-installed
+	$(BIN)/python benchmarks/lenet.py
+
+format: $(VENV)/.tests-installed
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing Penstock and what it needs into $(VENV) (a few minutes the first time)" >&2
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.tests-installed: $(VENV)/.installed
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+# Debian keeps ensurepip in a package of its own.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null || \
+	  { echo "Python 3.11 or later is needed, as PYTHON=... or python3 on the path" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq python3-venv; \
+	  else \
+	    echo "Python's venv is missing: apt-get install python3-venv (as root)" >&2; exit 1; \
+	  fi; }
+	$(PYTHON) -m venv $(VENV)

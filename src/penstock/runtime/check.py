@@ -1,0 +1,69 @@
+"""Tries a Job on this machine without training: what `penstock validate` does beyond the file."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from penstock.errors import DataError
+from penstock.job import Job
+from penstock.runtime import loop, payload
+from penstock.runtime.batches import Feed
+from penstock.runtime.shards import preserved, seed
+
+
+def check(job: Job) -> list[str]:
+    """Opens the data, makes the network, takes one batch forward, backward and through a step.
+
+    Nothing is written, and this process's random state stays as it is.
+
+    Returns:
+        What was found, in lines for a person.
+
+    Raises:
+        UserError: the first thing that would end a run.
+    """
+    lines = []
+    with preserved():
+        seed(job.seed, 0)
+        network = job.network.make()
+        if job.network.made:
+            network = copy.deepcopy(network)  # the user's own stays as it is
+        count = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        lines.append(f"network  {type(network).__name__}, {count:,} parameters to train")
+        loss_of = job.loss.make()
+        for name, maker in (("train", job.train), ("test", job.test)):
+            if maker is None:
+                continue
+            source = maker.make()
+            manifest = source.manifest()
+            if manifest.rows == 0:
+                raise DataError(f"{name}: there are no records", hint="is the folder empty?")
+            rows = manifest.shard_rows(job.shards)
+            shard = max(range(job.shards), key=lambda s: rows[s])
+            feed = Feed(
+                name,
+                source,
+                manifest,
+                range(shard, shard + 1),
+                job.shards,
+                job.seed,
+                torch.device("cpu"),
+            )
+            batch = feed.batch(0, 0, range(min(job.batch_size, rows[shard])))
+            loss = loop.loss_of_batch(network, loss_of, batch, f"{name}, shard {shard}")
+            lines.append(
+                f"{name:8} {manifest.rows:,} records in {len(manifest.partitions)} partitions; "
+                f"loss of a first batch {loss.item():.4g}"
+            )
+            if name == "train":
+                optimizer = job.optimizer.make(network.parameters())
+                if job.schedule is not None:
+                    job.schedule.make(optimizer)
+                loss.backward()  # type: ignore[no-untyped-call]
+    payload.pack({}, job)
+    lines.append(
+        f"strategy {type(job.strategy).__name__}, {job.shards} shards on {job.workers} workers"
+    )
+    return lines
