@@ -56,6 +56,7 @@ class Prepared:
     """A network under training on one worker."""
 
     network: torch.nn.Module
+    trained: list[tuple[str, torch.nn.Parameter]]
     optimizer: torch.optim.Optimizer
     schedule: Any
     agreement: GradientAgreement | AveragingAgreement
@@ -63,11 +64,6 @@ class Prepared:
     random: list[RandomState]
     own: range
     shards: int
-
-    @property
-    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """All parameters by name, those that are not trained too."""
-        return list(self.network.named_parameters())
 
 
 def save(
@@ -85,7 +81,7 @@ def save(
     buffers = merged_buffers(transport, prepared.buffers, own, prepared.shards)
     files: list[File] = []
     with agreement.merged():
-        network: Tensors = {name: p.detach() for name, p in prepared.parameters}
+        network: Tensors = {name: p.detach() for name, p in prepared.network.named_parameters()}
         if transport.rank == 0:
             files.append(
                 checkpoint.write_tensors(store, step, "network.safetensors", network | buffers)
@@ -96,7 +92,7 @@ def save(
         numbers: dict[str, Any] = {}
         if isinstance(agreement, AveragingAgreement) and not agreement.agreed:
             data, state = agreement.parameters_of(i), agreement.state_of(i)
-            trained = _trained(prepared)
+            trained = prepared.trained
             tensors |= {f"parameters.{name}": t for (name, _), t in zip(trained, data, strict=True)}
             own_tensors, numbers = _optimizer_state(trained, state)
             tensors |= own_tensors
@@ -106,7 +102,7 @@ def save(
         )
     if transport.rank == 0:
         if agreement.agreed:
-            tensors, numbers = _optimizer_state(_trained(prepared), prepared.optimizer.state)
+            tensors, numbers = _optimizer_state(prepared.trained, prepared.optimizer.state)
             files.append(
                 checkpoint.write_tensors(store, step, "optimizer.safetensors", tensors, numbers)
             )
@@ -135,7 +131,7 @@ def restore(prepared: Prepared, saved: Checkpoint) -> Progress:
     _load_groups(prepared.optimizer, state["groups"])
     if prepared.schedule is not None:
         prepared.schedule.load_state_dict(state["schedule"])
-    agreement, trained = prepared.agreement, _trained(prepared)
+    agreement, trained = prepared.agreement, prepared.trained
     common: tuple[Tensors, Any] | None = None
     if saved.has("optimizer.safetensors"):
         common = saved.tensors("optimizer.safetensors")
@@ -178,10 +174,6 @@ def load_network(
                     hint="this run was trained with another network",
                 )
             target.copy_(tensors[name])
-
-
-def _trained(prepared: Prepared) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, p) for name, p in prepared.parameters if p.requires_grad]
 
 
 def _optimizer_state(

@@ -188,6 +188,7 @@ class Worker:
             )
         self._prepared = Prepared(
             module,
+            trained,
             made,
             schedule(made) if schedule else None,
             self._agreement(trained, made),
@@ -472,12 +473,11 @@ class Worker:
 
     def _show(self, prepared: Prepared, outcome: Outcome | None) -> None:
         assert self._recorder is not None
-        trained = [(name, p) for name, p in prepared.parameters if p.requires_grad]
         self._recorder.after_step(
             self.global_step,
             outcome,
             [float(group["lr"]) for group in prepared.optimizer.param_groups],
-            [name for name, _ in trained],
+            [name for name, _ in prepared.trained],
             prepared.agreement.parameters_of(0),
             prepared.agreement.gradients(),
         )
