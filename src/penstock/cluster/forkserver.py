@@ -5,10 +5,11 @@ driver. It imports the modules, runs one thread and no tensor operation, and for
 its main thread (a parent that has run a parallel region would hang its children). Workers cannot
 outlive it (parent-death signal), and it ends with them when the driver's end of the socket closes.
 
-Requests and replies are JSON lines; a request carries file descriptors: the payload (a file with
-what the worker runs) and the worker's output.
+Requests and replies are JSON lines. A start carries file descriptors: a file with the worker's
+environment, folder and target ("module:function") as JSON, the payload (a file with what the
+worker runs), and the worker's output.
 
-    driver -> server   {"start": rank, "environment": {...}, "folder": "...", "target": "mod:f"}
+    driver -> server   {"start": rank}
                        {"kill": pid}
     server -> driver   {"started": rank, "pid": pid}
                        {"exited": rank, "pid": pid, "status": status as of os.waitpid}
@@ -29,7 +30,7 @@ import traceback
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
-MAX_REQUEST_BYTES = 1 << 20
+MAX_REQUEST_BYTES = 4096
 
 
 def die_with_parent(parent: int) -> None:
@@ -81,12 +82,12 @@ class ForkServer:
             return False
         values = json.loads(request)
         if "start" in values:
-            self._start(values, fds)
+            self._start(values["start"], fds)
         elif values["kill"] in self._ranks:
             kill_group(values["kill"])
         return True
 
-    def _start(self, request: dict[str, Any], fds: list[int]) -> None:
+    def _start(self, rank: int, fds: list[int]) -> None:
         server = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -94,17 +95,17 @@ class ForkServer:
             self._driver.close()
             for pidfd in self._pidfds.values():
                 os.close(pidfd)
-            run_worker(request, server, *fds)
+            run_worker(server, *fds)
         for fd in fds:
             os.close(fd)
-        self._ranks[pid] = request["start"]
+        self._ranks[pid] = rank
         self._pidfds[pid] = os.pidfd_open(pid)
         self._selector.register(self._pidfds[pid], selectors.EVENT_READ, pid)
-        self._reply({"started": request["start"], "pid": pid})
+        self._reply({"started": rank, "pid": pid})
 
     def _reap(self, pid: int) -> None:
+        kill_group(pid)  # what the worker may have left in its group, while the number is its own
         _, status = os.waitpid(pid, 0)
-        kill_group(pid)  # what the worker may have left in its group
         self._selector.unregister(self._pidfds[pid])
         os.close(self._pidfds.pop(pid))
         self._reply({"exited": self._ranks.pop(pid), "pid": pid, "status": status})
@@ -123,7 +124,7 @@ class ForkServer:
             os.waitpid(pid, 0)
 
 
-def run_worker(request: dict[str, Any], server: int, payload: int, output: int) -> None:
+def run_worker(server: int, start: int, payload: int, output: int) -> None:
     """The forked child: becomes a worker, runs the target, never returns."""
     code = 1
     try:
@@ -134,6 +135,8 @@ def run_worker(request: dict[str, Any], server: int, payload: int, output: int) 
         os.close(output)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with open(start) as file:
+            request: dict[str, Any] = json.load(file)
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])

@@ -27,17 +27,32 @@ class WorkerOutput:
 
 @dataclass(frozen=True)
 class WorkerExited:
-    """A worker process has ended, with an exit code or by a signal."""
+    """A worker process has ended.
+
+    Arguments:
+        pid: 0 where it was never told.
+        code, signal: its exit code, or what killed it.
+        cause: what ended it, in words, where that is known.
+    """
 
     rank: int
     pid: int
     code: int | None
     signal: int | None
+    cause: str = ""
 
     def __str__(self) -> str:
-        if self.signal is None:
-            return f"ended with exit code {self.code}"
-        return f"was killed by {signal.Signals(self.signal).name}"
+        return how_ended(self.code, self.signal) + (f", {self.cause}" if self.cause else "")
+
+
+def how_ended(code: int | None, number: int | None) -> str:
+    """A process's end in words, by its exit code or the signal that killed it."""
+    if number is None:
+        return f"ended with exit code {code}"
+    try:
+        return f"was killed by {signal.Signals(number).name}"
+    except ValueError:  # a real-time signal has no name
+        return f"was killed by signal {number}"
 
 
 Event = WorkerStarted | WorkerOutput | WorkerExited

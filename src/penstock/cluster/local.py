@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import selectors
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
-from penstock.cluster.launcher import Event, WorkerExited, WorkerOutput, WorkerStarted
+from penstock.cluster.forkserver import kill_group
+from penstock.cluster.launcher import (
+    Event,
+    WorkerExited,
+    WorkerOutput,
+    WorkerStarted,
+    how_ended,
+)
 from penstock.errors import Fault
 
 END_S = 5.0
 """How long killed workers may take to be gone."""
 
-_servers: dict[tuple[str, ...], LocalServer] = {}
+_idle: dict[tuple[str, ...], LocalServer] = {}
+"""The server that waits for the next run, by what it has imported."""
+_lock = threading.Lock()
 
 
 class LocalServer:
-    """The driver's end of a fork server; one is kept for the driver's life."""
+    """The driver's end of a fork server. It serves one run at a time."""
 
-    def __init__(self, preload: Sequence[str]) -> None:
+    def __init__(self, preload: tuple[str, ...]) -> None:
+        self.preload = preload
         self.owner = os.getpid()
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # numpy's OpenBLAS would start threads at import, and a fork would lose them.
@@ -44,30 +57,52 @@ class LocalServer:
 
     def close(self) -> None:
         """Ends the server and every worker of it."""
-        if self.owner != os.getpid():
-            return
+        if self.owner == os.getpid():
+            self.end()
+
+    def end(self) -> str:
+        """Waits for its end, which the closed socket asks for; tells how it ended, in words."""
         self.socket.close()
         try:
-            self.process.wait(END_S)
+            code = self.process.wait(END_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            code = self.process.wait()
+        if code >= 0:
+            return f"{how_ended(code, None)}: its message is above"
+        return how_ended(None, -code)
 
 
-def warm(preload: Sequence[str]) -> LocalServer:
-    """The fork server with these modules; started now if there is none. Does not wait for it."""
+def warm(preload: Sequence[str]) -> None:
+    """Starts a fork server with these modules for the next run, unless one waits already."""
+    release(acquire(preload))
+
+
+def acquire(preload: Sequence[str]) -> LocalServer:
+    """A fork server with these modules for one run. Does not wait until it has imported them."""
     key = tuple(preload)
-    server = _servers.get(key)
+    with _lock:
+        server = _idle.pop(key, None)
     if server is None or not server.usable:
-        server = _servers[key] = LocalServer(preload)
+        if server is not None:
+            server.close()
+        server = LocalServer(key)
     return server
+
+
+def release(server: LocalServer) -> None:
+    """Keeps a server for the next run, if it is of use and none waits yet; else ends it."""
+    with _lock:
+        kept = server.usable and _idle.setdefault(server.preload, server) is server
+    if not kept:
+        server.close()
 
 
 @atexit.register
 def close_servers() -> None:
-    """Ends all fork servers of this process."""
-    while _servers:
-        _servers.popitem()[1].close()
+    """Ends the fork servers that wait for a run."""
+    while _idle:
+        _idle.popitem()[1].close()
 
 
 class LocalLauncher:
@@ -79,7 +114,7 @@ class LocalLauncher:
     """
 
     def __init__(self, preload: Sequence[str], environment: dict[str, str] | None = None) -> None:
-        self._server = warm(preload)
+        self._server = acquire(preload)
         self._environment = dict(os.environ) | (environment or {})
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server.socket, selectors.EVENT_READ, None)
@@ -88,10 +123,8 @@ class LocalLauncher:
         self._running: set[int] = set()
 
     def start(self, payload: Sequence[bytes | memoryview], target: str, workers: int) -> None:
-        file = os.memfd_create("penstock-job")
+        file = _in_memory(payload)
         try:
-            with open(os.dup(file), "wb") as stream:
-                stream.writelines(payload)
             for rank in range(workers):
                 self._start(rank, file, target)
         finally:
@@ -99,20 +132,25 @@ class LocalLauncher:
 
     def _start(self, rank: int, payload: int, target: str) -> None:
         read, write = os.pipe2(os.O_CLOEXEC)
-        request = {
-            "start": rank,
+        values = {
             "environment": self._environment | {"PENSTOCK_RANK": str(rank)},
             "folder": os.getcwd(),
             "target": target,
         }
+        request = _in_memory([json.dumps(values).encode()])  # too long for a message
         try:
-            socket.send_fds(self._server.socket, [json.dumps(request).encode()], [payload, write])
+            socket.send_fds(
+                self._server.socket,
+                [json.dumps({"start": rank}).encode()],
+                [request, payload, write],
+            )
         except OSError as error:
             raise Fault(
                 f"the fork server of this machine is gone: {error}",
                 hint="its message is above; a second try starts a new one",
             ) from error
         finally:
+            os.close(request)
             os.close(write)
         os.set_blocking(read, False)
         self._outputs[read] = rank
@@ -133,7 +171,8 @@ class LocalLauncher:
 
     def kill(self, rank: int) -> None:
         if rank in self._running and rank in self._pids:
-            self._server.socket.send(json.dumps({"kill": self._pids[rank]}).encode())
+            with contextlib.suppress(OSError):  # the server is gone, and its workers with it
+                self._server.socket.send(json.dumps({"kill": self._pids[rank]}).encode())
 
     def close(self) -> None:
         deadline = time.monotonic() + END_S
@@ -146,6 +185,8 @@ class LocalLauncher:
             self.poll()
         if self._running:
             self._server.close()  # workers cannot outlive it
+        else:
+            release(self._server)
         for fd in list(self._outputs):
             self._close_output(fd)
         self._selector.close()
@@ -160,7 +201,14 @@ class LocalLauncher:
             data = b""
         if not data:  # the server is gone, and so are its workers
             self._selector.unregister(self._server.socket)
-            lost = [WorkerExited(r, self._pids.get(r, 0), None, 9) for r in sorted(self._running)]
+            cause = f"with its fork server, which {self._server.end()}"
+            lost = [
+                WorkerExited(rank, self._pids.get(rank, 0), None, signal.SIGKILL, cause)
+                for rank in sorted(self._running)
+            ]
+            for event in lost:
+                if event.pid:
+                    kill_group(event.pid)  # what the worker has started does not die with it
             self._running.clear()
             return [*lost]
         for line in data.splitlines():
@@ -199,3 +247,12 @@ class LocalLauncher:
         self._selector.unregister(fd)
         del self._outputs[fd]
         os.close(fd)
+
+
+def _in_memory(parts: Sequence[bytes | memoryview]) -> int:
+    """A file in memory with these parts, to be read from its beginning."""
+    file = os.memfd_create("penstock")
+    with open(os.dup(file), "wb") as stream:
+        stream.writelines(parts)
+    os.lseek(file, 0, os.SEEK_SET)
+    return file

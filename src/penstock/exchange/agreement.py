@@ -13,22 +13,31 @@ import torch
 from penstock.errors import Diverged
 from penstock.exchange.flat import Layout
 
-EXAMPLES, LOSS, STOP, SPARE = range(4)
+EXAMPLES, LOSS, STOP, SAVE = range(4)
 HEADER_SIZE = 4
-"""What each shard says beside its tensors: examples, sum of their losses, wish to stop."""
+"""What each shard says beside its tensors: examples, sum of their losses, two wishes."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What all workers know after an exchange, equal on all of them.
 
-    `loss` is the mean over `examples` (all shards, all steps since the last exchange); `stop` is
-    true when some worker wished it.
+    `loss` is the mean over `examples` (all shards, all steps since the last exchange); `stop` and
+    `save` (a checkpoint) are true when some worker wished it.
     """
 
     examples: int
     loss: float
     stop: bool
+    save: bool
+
+    @classmethod
+    def of(cls, headers: torch.Tensor) -> Outcome:
+        """What all shards' headers, (shards, HEADER_SIZE), say together."""
+        total = headers.sum(0).tolist()
+        examples = int(total[EXAMPLES])
+        loss = total[LOSS] / examples if examples else math.nan
+        return cls(examples, loss, total[STOP] > 0, total[SAVE] > 0)
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,15 @@ class Agreement(Protocol):
         """The active shard has no (more) examples in this step."""
         ...
 
-    def commit(self, step: int, stop: bool, final: bool = False) -> Outcome | None:
-        """Ends step number `step`: exchange and update. None when the step needed no exchange."""
+    def commit(self, step: int, *, stop: bool = False, save: bool = False) -> Outcome | None:
+        """Ends step number `step`: exchange and update; tells the others this worker's wishes.
+
+        None when the step needed no exchange.
+        """
+        ...
+
+    def conclude(self) -> Outcome | None:
+        """One more exchange where shards stand apart; None where they agree."""
         ...
 
     def merged(self) -> AbstractContextManager[None]:

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from penstock.exchange import agreement
-from penstock.exchange.agreement import EXAMPLES, LOSS, STOP, Clip, Outcome
+from penstock.exchange.agreement import EXAMPLES, LOSS, SAVE, STOP, Clip, Outcome
 from penstock.exchange.flat import Layout, by_dtype
 from penstock.exchange.shard_sum import ShardSum
 from penstock.exchange.transport import Transport
 
 VOTE_EVERY = 10
-"""Steps between votes on stopping, where exchanges are further apart."""
+"""Steps between votes on stopping and saving, where exchanges are further apart."""
 
 State = dict[torch.Tensor, dict[str, Any]]
 
@@ -69,8 +69,7 @@ class AveragingAgreement:
             torch.zeros(layout.length, dtype=layout.dtype, device=device)
             for layout in self._layouts
         ]
-        for p, view in zip(self._parameters, self._views(self._gradients), strict=True):
-            p.grad = view
+        self._gradient_views = self._views(self._gradients)
         self._flats = [[torch.zeros_like(gradient) for gradient in self._gradients] for _ in own]
         self._data = [self._views(flats) for flats in self._flats]
         for data in self._data:
@@ -80,13 +79,19 @@ class AveragingAgreement:
         self._states: list[State] = [first] + [self._copied(first) for _ in own[1:]]
         self._place(0)
 
-        self._twin = _state_after_a_step(optimizer, self._parameters) if average_state else {}
-        in_state = [
+        self._twin = _state_after_a_step(optimizer, self._parameters)
+        all_state = [
             (f"{n}/{key}", value)
             for n, p in enumerate(self._parameters)
             for key, value in self._twin.get(p, {}).items()
-            if isinstance(value, torch.Tensor) and value.is_floating_point()
+            if value is not None
         ]
+        in_state = [
+            (name, value)
+            for name, value in all_state
+            if average_state and isinstance(value, torch.Tensor) and value.is_floating_point()
+        ]
+        self._all_averaged = len(in_state) == len(all_state)
         grouped = by_dtype(numbered + in_state)
         self._exchanged = [Layout.of(g, dtype) for dtype, g in grouped.items()]
         self._sums = [
@@ -101,7 +106,7 @@ class AveragingAgreement:
 
     @property
     def agreed(self) -> bool:
-        return self.steps_apart == 0
+        return self.steps_apart == 0 and self._all_averaged
 
     def borders(self) -> dict[str, list[list[int]]]:
         return {str(layout.dtype): [[0, layout.length]] for layout in self._exchanged}
@@ -114,6 +119,7 @@ class AveragingAgreement:
             gradient.zero_()
 
     def backward(self, loss: torch.Tensor, examples: int, last: bool) -> None:
+        self._point_at_gradients()
         weighted = loss if last and not self._step_examples else loss * examples
         weighted.backward()  # type: ignore[no-untyped-call]
         self._step_loss += loss.item() * examples
@@ -133,23 +139,23 @@ class AveragingAgreement:
                 gradient.div_(self._step_examples)
             self._update()
 
-    def commit(self, step: int, stop: bool, final: bool = False) -> Outcome | None:
-        if final:
-            return self._exchange(stop) if self.steps_apart else None
+    def commit(self, step: int, *, stop: bool = False, save: bool = False) -> Outcome | None:
         self.steps_apart += 1
         if step % self._every == 0:
-            return self._exchange(stop)
+            return self._exchange(stop, save)
         if step % VOTE_EVERY == 0:
-            self._vote.header[:, STOP] = float(stop)
+            self._vote.header[:, STOP], self._vote.header[:, SAVE] = float(stop), float(save)
             self._vote.send(0)
             self._vote.finish()
-            if self._vote.headers[:, STOP].any():
-                return Outcome(0, float("nan"), True)
+            return Outcome.of(self._vote.headers)
         return None
+
+    def conclude(self) -> Outcome | None:
+        return self._exchange(False, False) if self.steps_apart else None
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        if self.agreed:
+        if not self.steps_apart:
             yield
             return
         self._bring()
@@ -180,7 +186,7 @@ class AveragingAgreement:
 
     def gradients(self) -> list[torch.Tensor]:
         """The active shard's gradient of each parameter, until its next step begins."""
-        return [p.grad for p in self._parameters if p.grad is not None]
+        return self._gradient_views
 
     def seen(self, i: int) -> tuple[int, float]:
         """Examples and sum of losses of the i-th own shard since the last exchange."""
@@ -236,6 +242,11 @@ class AveragingAgreement:
             p.data = view
         self._optimizer.state = self._states[i]  # type: ignore[assignment]
 
+    def _point_at_gradients(self) -> None:
+        """Each time anew: a loop may have called the optimizer's zero_grad since."""
+        for p, view in zip(self._parameters, self._gradient_views, strict=True):
+            p.grad = view
+
     def _update(self) -> None:
         agreement.check_finite(
             self._step_loss,
@@ -244,6 +255,7 @@ class AveragingAgreement:
             self._where(self._i),
         )
         agreement.clip_gradients(self._gradients, self._clip)
+        self._point_at_gradients()
         self._optimizer.step()
         self._seen[self._i][EXAMPLES] += self._step_examples
         self._seen[self._i][LOSS] += self._step_loss
@@ -269,25 +281,22 @@ class AveragingAgreement:
         value: torch.Tensor = self._states[i][self._parameters[int(number)]][key]
         return value
 
-    def _exchange(self, stop: bool) -> Outcome:
+    def _exchange(self, stop: bool, save: bool) -> Outcome:
         self._bring()
         for s in self._sums:
-            s.header[:, STOP] = float(stop)
+            s.header[:, STOP], s.header[:, SAVE] = float(stop), float(save)
             s.send(0)
         totals = [s.finish() for s in self._sums]
-        headers = self._sums[0].headers.sum(0).tolist()
-        examples = int(headers[EXAMPLES])
-        if examples:
+        outcome = Outcome.of(self._sums[0].headers)
+        if outcome.examples:
             for layout, total in zip(self._exchanged, totals, strict=True):
-                total.div_(examples)
+                total.div_(outcome.examples)
                 for slot, view in zip(layout.slots, layout.views(total), strict=True):
                     for i in range(len(self._own)):
                         self._adopt(i, slot.name, view)
         self._seen = [[0, 0.0] for _ in self._own]
         self.steps_apart = 0
-        return Outcome(
-            examples, headers[LOSS] / examples if examples else float("nan"), headers[STOP] > 0
-        )
+        return outcome
 
     def _adopt(self, i: int, name: str, mean: torch.Tensor) -> None:
         number, _, key = name.partition("/")

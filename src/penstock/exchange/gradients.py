@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 
 from penstock.exchange import agreement
-from penstock.exchange.agreement import EXAMPLES, LOSS, STOP, Clip, Outcome
+from penstock.exchange.agreement import EXAMPLES, LOSS, SAVE, STOP, Clip, Outcome
 from penstock.exchange.flat import Layout, by_dtype
 from penstock.exchange.shard_sum import ShardSum
 from penstock.exchange.transport import Transport
@@ -101,7 +101,6 @@ class GradientAgreement:
         self._i, self._examples, self._loss, self._sent = i, 0, 0.0, 0
         for s in self._sums:
             s.row(i).zero_()
-        self._point_at(self._sums[0].row_index(i))
 
     def backward(self, loss: torch.Tensor, examples: int, last: bool) -> None:
         self._examples += examples
@@ -110,6 +109,8 @@ class GradientAgreement:
             self._missing = [0] * len(self._buckets)
             for bucket in self._bucket_of:
                 self._missing[bucket] += 1
+        # Here and not in `activate`: a loop may have called the optimizer's zero_grad since.
+        self._point_at(self._sums[0].row_index(self._i))
         (loss * examples).backward()  # type: ignore[no-untyped-call]
         self._loss += loss.item() * examples
         if last:
@@ -118,24 +119,22 @@ class GradientAgreement:
     def skip(self) -> None:
         self._end_shard()
 
-    def commit(self, step: int, stop: bool, final: bool = False) -> Outcome | None:
-        if final:
-            return None
+    def commit(self, step: int, *, stop: bool = False, save: bool = False) -> Outcome | None:
         last = self._sums[-1]
-        last.header[:, STOP] = float(stop)
+        last.header[:, STOP], last.header[:, SAVE] = float(stop), float(save)
         self._send(len(self._buckets))
         totals = [s.finish() for s in self._sums]
-        headers = last.headers.sum(0).tolist()
-        examples = int(headers[EXAMPLES])
-        if examples:
+        outcome = Outcome.of(last.headers)
+        if outcome.examples:
             for total in totals:
-                total.div_(examples)
+                total.div_(outcome.examples)
             self._point_at(0)
             agreement.clip_gradients(totals, self._clip)
             self._optimizer.step()
-        return Outcome(
-            examples, headers[LOSS] / examples if examples else float("nan"), headers[STOP] > 0
-        )
+        return outcome
+
+    def conclude(self) -> Outcome | None:
+        return None
 
     @contextmanager
     def merged(self) -> Iterator[None]:

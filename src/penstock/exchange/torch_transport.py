@@ -45,13 +45,13 @@ class TorchTransport:
             ) from error
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> TorchWork:
-        return self._start("all_gather", dist.all_gather_single, output.view(-1), input.view(-1))
+        return self._start("all_gather", dist.all_gather_single, _bytes(output), _bytes(input))
 
     def all_to_all(self, output: torch.Tensor, input: torch.Tensor) -> TorchWork:
-        return self._start("all_to_all", dist.all_to_all_single, output, input)
+        return self._start("all_to_all", dist.all_to_all_single, _bytes(output), _bytes(input))
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> TorchWork:
-        return self._start("broadcast", dist.broadcast, tensor, root)
+        return self._start("broadcast", dist.broadcast, _bytes(tensor), root)
 
     def barrier(self) -> None:
         self._start("barrier", dist.all_reduce, torch.zeros(1)).wait()
@@ -65,6 +65,11 @@ class TorchTransport:
         except RuntimeError as error:
             raise TransportError(f"rank {self.rank}: {name}: {error}") from error
         return TorchWork(work, name, self.rank)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's bytes, uint8 (bytes,): what is only moved may be of any dtype."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 class TorchWork:

@@ -62,10 +62,10 @@ class Feed:
         seed: int,
         device: torch.device,
     ) -> None:
-        self.name, self.own = name, own
+        self.name, self.own, self.seed = name, own, seed
         self.rows = manifest.shard_rows(shards)
         self._source, self._manifest = source, manifest
-        self._shards, self._seed, self._device = shards, seed, device
+        self._shards, self._device = shards, device
         self._opened: dict[int, tuple[Records, NDArray[np.int64]]] = {}
         self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
 
@@ -120,7 +120,7 @@ class Feed:
     def _order(self, i: int, epoch: int) -> NDArray[np.int64]:
         if self._orders.get(i, (-1,))[0] != epoch:
             shard = self.own[i]
-            order = epoch_order(self._seed, epoch, shard, self.rows[shard])
+            order = epoch_order(self.seed, epoch, shard, self.rows[shard])
             self._orders[i] = (epoch, order)
         return self._orders[i][1]
 

@@ -48,7 +48,10 @@ class Frames:
                 raise ValueError(f"a frame of {length} bytes; at most {self.max_bytes}")
             if len(self._pending) < 4 + length:
                 break
-            message = json.loads(bytes(self._pending[4 : 4 + length]))
+            try:
+                message = json.loads(bytes(self._pending[4 : 4 + length]))
+            except RecursionError as error:
+                raise ValueError("a frame that is nested too deeply") from error
             del self._pending[: 4 + length]
             if not isinstance(message, dict):
                 raise ValueError("a frame that is no JSON object")
@@ -107,6 +110,6 @@ class Channel:
         while not self._received:
             data = self._socket.recv(1 << 16)
             if not data:
-                raise TransportError("the driver closed the connection")
+                raise ConnectionError("it closed the connection; is its run another one?")
             self._received += self._frames.feed(data)
         return self._received.pop(0)

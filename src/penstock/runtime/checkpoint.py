@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -27,6 +28,9 @@ from penstock.runtime.store import Store
 
 FOLDER = "checkpoints"
 FORMAT = 1
+DAMAGED = (
+    "the file was changed or cut off; delete this checkpoint's folder to go on from the one before"
+)
 Tensors = dict[str, torch.Tensor]
 
 
@@ -96,11 +100,14 @@ class Checkpoint:
         self.folder = folder_of(step)
         try:
             manifest = json.loads(store.read(f"{self.folder}/manifest.json"))
+            if manifest["format"] != FORMAT:
+                raise ValueError(f"format {manifest['format']}, and this version reads {FORMAT}")
             self.metric: float | None = manifest["metric"]
             self._files = {f["name"]: File(**f) for f in manifest["files"]}
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"{store.url}/{self.folder}/manifest.json is not a manifest: {error}"
+                f"{store.url}/{self.folder}/manifest.json is not a manifest: {error}",
+                hint=DAMAGED,
             ) from error
 
     def verify(self) -> None:
@@ -110,19 +117,31 @@ class Checkpoint:
 
     def json(self, name: str = "state.json") -> Any:
         """JSON values of a file."""
-        return json.loads(self._read(name))
+        data = self._read(name)
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise self._not("JSON", name, error) from error
 
     def tensors(self, name: str) -> tuple[Tensors, Any]:
         """The tensors of a file, and the JSON values beside them."""
         data = self._read(name)
-        length = int.from_bytes(data[:8], "little")
-        header: Mapping[str, Any] = json.loads(data[8 : 8 + length])
-        numbers = json.loads(header.get("__metadata__", {}).get("numbers", "null"))
-        return safetensors.torch.load(data), numbers
+        try:
+            tensors = safetensors.torch.load(data)
+            length = int.from_bytes(data[:8], "little")
+            header: Mapping[str, Any] = json.loads(data[8 : 8 + length])
+            numbers = json.loads(header.get("__metadata__", {}).get("numbers", "null"))
+        except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+            raise self._not("safetensors", name, error) from error
+        return tensors, numbers
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has this file."""
         return name in self._files
+
+    def _not(self, kind: str, name: str, error: Exception) -> RunError:
+        path = f"{self._store.url}/{self.folder}/{name}"
+        return RunError(f"{path} is not {kind}, as its manifest says: {error}", hint=DAMAGED)
 
     def _read(self, name: str) -> bytes:
         path = f"{self._store.url}/{self.folder}/{name}"
@@ -132,8 +151,7 @@ class Checkpoint:
         if len(data) != file.size_bytes or hashlib.sha256(data).hexdigest() != file.sha256:
             raise RunError(
                 f"{path}: {len(data)} bytes that are not the {file.size_bytes} written",
-                hint="the file was changed or cut off; delete this checkpoint's folder to go on "
-                "from the one before",
+                hint=DAMAGED,
             )
         return data
 

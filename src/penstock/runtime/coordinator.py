@@ -79,9 +79,7 @@ class Coordinator:
     def send(self, message: Message) -> None:
         """An instruction to all workers that are connected."""
         for peer in list(self._ranks.values()):
-            try:
-                peer.socket.sendall(encode(message))
-            except OSError:
+            if not self._send(peer, message):
                 self._drop(peer)
 
     def close(self) -> None:
@@ -92,31 +90,41 @@ class Coordinator:
         self._listener.close()
 
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
-        connection.settimeout(HANDSHAKE_S)
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # it has gone again
+            return
+        connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = Peer(connection, proofs.challenge(), time.monotonic() + HANDSHAKE_S)
         self._peers[connection] = peer
         self._selector.register(connection, selectors.EVENT_READ)
-        connection.sendall(encode({"challenge": peer.challenge}))
+        if not self._send(peer, {"challenge": peer.challenge}):
+            self._drop(peer)
 
     def _read(self, peer: Peer) -> list[tuple[int, Message | None]]:
-        rank = peer.rank
+        messages: list[Message] = []
+        ended = False
         try:
-            data = peer.socket.recv(1 << 16)
-            messages = peer.frames.feed(data)
+            while not ended and (peer.rank is not None or not messages):
+                data = peer.socket.recv(1 << 16)
+                messages += peer.frames.feed(data)
+                ended = not data
+        except BlockingIOError:
+            pass
         except (OSError, ValueError):
-            data, messages = b"", []
-        if not data:
-            self._drop(peer)
-            return [] if rank is None else [(rank, None)]
+            ended = True
         received: list[tuple[int, Message | None]] = []
         for message in messages:
             if peer.rank is not None:
                 received.append((peer.rank, message))
             elif not self._admit(peer, message):
-                self._drop(peer)
+                ended = True
                 break
+        if ended:
+            if peer.rank is not None:
+                received.append((peer.rank, None))
+            self._drop(peer)
         return received
 
     def _admit(self, peer: Peer, message: Message) -> bool:
@@ -127,7 +135,14 @@ class Coordinator:
             return False
         peer.rank, peer.frames.max_bytes = rank, MAX_FRAME_BYTES
         self._ranks[rank] = peer
-        peer.socket.sendall(encode({"proof": proofs.proof(self._token, "driver", challenge)}))
+        return self._send(peer, {"proof": proofs.proof(self._token, "driver", challenge)})
+
+    def _send(self, peer: Peer, message: Message) -> bool:
+        """Whether it went out."""
+        try:
+            peer.socket.sendall(encode(message))
+        except OSError:
+            return False
         return True
 
     def _drop(self, peer: Peer) -> None:

@@ -230,8 +230,10 @@ def _run(
                 launcher.start(packed, TARGET, workers)
                 watched.until_all_ended()
             finally:
-                launcher.close()
-                watched.close()
+                try:
+                    watched.close()
+                finally:
+                    launcher.close()
         finally:
             coordinator.close()
     watched.write_result(resume_step)
@@ -273,11 +275,12 @@ class _Watch:
         with self._interrupts_counted():
             while self._running and self.error is None:
                 self._wait()
-                for event in self.launcher.poll():
-                    self._of_process(event)
-                for rank, message in self.coordinator.poll():
-                    if message is not None:
-                        self._of_worker(rank, message)
+                with self._writing():
+                    for event in self.launcher.poll():
+                        self._of_process(event)
+                    for rank, message in self.coordinator.poll():
+                        if message is not None:
+                            self._of_worker(rank, message)
                 self._judge()
                 if len(self._joined) < self.workers and time.monotonic() > start_by:
                     missing = sorted(set(range(self.workers)) - self._joined)
@@ -287,11 +290,13 @@ class _Watch:
                     )
 
     def close(self) -> None:
-        """Ends the display and writes the logs."""
-        for event in self.launcher.poll() if self._running else []:
-            self._of_process(event)
+        """Takes what workers have printed last, ends the display, writes the logs."""
+        with self._writing():
+            for event in self.launcher.poll():
+                self._of_process(event)
         self.shown.close()
-        self._logs.close()
+        with self._writing():
+            self._logs.close()
 
     def write_result(self, resumed_from: int | None) -> None:
         """Writes result.json."""
@@ -310,7 +315,16 @@ class _Watch:
             "evaluation": self.evaluation,
             **{k: self.progress.get(k) for k in ("step", "epoch", "examples", "loss")},
         }
-        self.store.write("result.json", json.dumps(result, indent=1).encode())
+        with self._writing():
+            self.store.write("result.json", json.dumps(result, indent=1).encode())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What cannot be written ends the run, unless something else has ended it before."""
+        try:
+            yield
+        except RunError as error:
+            self.error = self.error or error
 
     def _wait(self) -> None:
         files = [self.coordinator.fileno(), *self.launcher.filenos()]
@@ -364,11 +378,11 @@ class _Watch:
             if causes:
                 rank = min(causes)
                 self.error = self._failed(rank, causes[rank])
-            elif self._verdict_at is None:
-                self._verdict_at = now + GRACE_S  # the cause may still be on its way
-            elif now > self._verdict_at:
-                rank = min(self._failures)
-                self.error = self._failed(rank, self._failures[rank])
+            else:  # the cause may still be on its way
+                self._verdict_at = self._verdict_at or now + GRACE_S
+                if now > self._verdict_at or not self._running:
+                    rank = min(self._failures)
+                    self.error = self._failed(rank, self._failures[rank])
         if self._interrupts and self._stop_by is None:
             self.shown.line("stopping: writing a checkpoint (Ctrl-C again to stop at once)")
             self.coordinator.send({"do": "stop"})
@@ -393,8 +407,9 @@ class _Watch:
     def _lost(self, event: WorkerExited) -> PenstockError:
         step = self.progress.get("step")
         at = f" after step {step:,}" if step else ""
+        process = f"process {event.pid} on " if event.pid else ""
         return WorkerLost(
-            f"rank {event.rank} (process {event.pid} on {socket.gethostname()}) {event}{at}"
+            f"rank {event.rank} ({process}{socket.gethostname()}) {event}{at}"
             f"{self._last_words(event.rank)}",
             hint=(
                 "the kernel may have ended it for want of memory (dmesg); "
@@ -471,6 +486,11 @@ def _decided(
     """The decisions of the run that is resumed, and its last checkpoint."""
     run = Run(store.url)
     saved = latest(store)
+    if saved is None and not store.exists("plan.json"):
+        raise RunError(
+            f"{store.url} has neither a plan nor a checkpoint: its run ended before it began",
+            hint="run it again without resume",
+        )
     plan = run.plan if saved is None else Plan.from_dict(saved.json()["plan"])
     for name, manifest in manifests.items():
         recorded = plan.manifests.get(name)

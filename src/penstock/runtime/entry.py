@@ -21,6 +21,7 @@ from penstock.plan import Plan
 from penstock.runtime.channel import Channel
 from penstock.runtime.checkpoint import Checkpoint
 from penstock.runtime.payload import Payload
+from penstock.runtime.shards import seed
 from penstock.runtime.store import Store
 from penstock.runtime.worker import Interrupt, Settings, Worker
 
@@ -87,6 +88,7 @@ def _work(job: Assignment, rank: int, channel: Channel) -> str | None:
         channel.send,
         channel.receive,
     )
+    seed(job.plan.seed, 0)  # a network may be made before `worker.prepare`
     with contextlib.suppress(Interrupt):
         job.function(worker)
     worker.finish()

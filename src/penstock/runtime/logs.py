@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 
@@ -23,8 +24,9 @@ class Logs:
         self._last: dict[int, deque[str]] = {}
         self._rolled_at = time.monotonic()
         for name in store.names(FOLDER):
-            rank, number = name.removeprefix("rank-").removesuffix(".log").split(".")
-            self._next[int(rank)] = max(self._next.get(int(rank), 0), int(number) + 1)
+            if found := re.fullmatch(r"rank-(\d+)\.(\d+)\.log", name):
+                rank, number = int(found[1]), int(found[2])
+                self._next[rank] = max(self._next.get(rank, 0), number + 1)
 
     def write(self, rank: int, data: bytes) -> list[str]:
         """Keeps output; returns the lines that it completes."""
@@ -37,8 +39,9 @@ class Logs:
         return words
 
     def last(self, rank: int) -> list[str]:
-        """The last lines of a rank."""
-        return list(self._last.get(rank, ()))
+        """The last lines of a rank, one that has not ended too."""
+        partial = self._partial.get(rank, b"").decode(errors="replace")
+        return [*self._last.get(rank, ()), *([partial] if partial else [])]
 
     def roll(self) -> None:
         """Writes what is in memory as one segment for each rank."""

@@ -15,6 +15,7 @@ from penstock.job import Interval, Job, direction
 from penstock.runtime.batches import Batch
 from penstock.runtime.callbacks import Callback
 from penstock.runtime.evaluation import Evaluation
+from penstock.runtime.shards import preserved
 from penstock.runtime.worker import Worker
 
 
@@ -36,6 +37,10 @@ def train(job: Job, worker: Worker) -> None:
     between = _Between(job, worker, steps_per_epoch, loss_of, autocast)
     worker.after_step.append(between)
     between.tell("started")
+    memory = worker.memory
+    worker.stopped = memory.get("stopped")  # a run that was stopped early has ended for good
+    if "stop" in memory:  # it was asked for just before the checkpoint
+        worker.stop(memory["stop"])
     for batch in worker.batches(
         "train", epochs=job.epochs, batch_size=job.batch_size, accumulate=job.accumulate
     ):
@@ -44,6 +49,8 @@ def train(job: Job, worker: Worker) -> None:
             loss = loss_of_batch(network, loss_of, batch, where)
         worker.step(loss)
     worker.conclude()
+    if "stop" in memory:
+        memory["stopped"] = worker.stopped
     if job.test is not None and between.evaluated_at != worker.global_step:
         between.evaluate()
     between.tell("ended")
@@ -124,7 +131,9 @@ class _Between:
         self.tell("stepped")
         metric = None
         if self._job.test is not None and self._due(self._job.evaluate.every):
-            metric = self._better(self.evaluate())
+            found = self.evaluate()
+            metric = self._better(found)
+            self._stop_early(found)
         if self._due(self._job.checkpoint.every) or metric is not None:
             worker.checkpoint(metric)
         stop = self._job.stop
@@ -134,15 +143,16 @@ class _Between:
                 worker.stop(f"time: {stop.time_s:g} s have passed")
 
     def tell(self, what: str, *arguments: Any) -> None:
-        """Calls this method of every callback."""
+        """Calls this method of every callback; what it draws is not a shard's."""
         for callback in self._callbacks:
-            if isinstance(callback, Callback):
-                getattr(callback, what)(self._worker, *arguments)
-            elif what == "stepped":
-                callback(self._worker)
+            with preserved():
+                if isinstance(callback, Callback):
+                    getattr(callback, what)(self._worker, *arguments)
+                elif what == "stepped":
+                    callback(self._worker)
 
     def evaluate(self) -> Evaluation:
-        """Scores the network on the test source; then early stopping."""
+        """Scores the network on the test source."""
         evaluate, worker = self._job.evaluate, self._worker
         with self._autocast():
             found = worker.evaluate(
@@ -154,7 +164,6 @@ class _Between:
             )
         self.evaluated_at = worker.global_step
         self.tell("evaluated", found)
-        self._stop_early(found)
         return found
 
     def _due(self, every: Interval) -> bool:
@@ -172,16 +181,20 @@ class _Between:
     def _stop_early(self, found: Evaluation) -> None:
         stop, memory = self._job.stop, self._worker.memory
         if found.loss is not None and not math.isfinite(found.loss):
-            self._worker.stop(f"the loss on test is {found.loss}")
+            self._stop(f"the loss on test is {found.loss}")
         if stop is None or stop.metric is None or stop.patience is None:
             return
         value = found.metric(stop.metric)
         if not math.isfinite(value):
-            self._worker.stop(f"{stop.metric} is {value}")
+            self._stop(f"{stop.metric} is {value}")
         better = value if stop.mode == "max" else -value
         if memory.get("best") is None or better > memory["best"] + stop.min_delta:
             memory["best"], memory["waited"] = better, 0
         else:
             memory["waited"] += 1
         if memory["waited"] >= stop.patience:
-            self._worker.stop(f"{stop.metric} has not improved in {stop.patience} evaluations")
+            self._stop(f"{stop.metric} has not improved in {stop.patience} evaluations")
+
+    def _stop(self, reason: str) -> None:
+        self._worker.memory.setdefault("stop", reason)
+        self._worker.stop(reason)

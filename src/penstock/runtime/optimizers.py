@@ -1,16 +1,18 @@
 """Keeps torch.compile's machinery out of workers that compile nothing.
 
-`torch.optim.Optimizer` wraps four methods so that torch.compile leaves them alone, and the wrapper
-imports `torch._dynamo` at the first call: 1.5 s and some 100 MB that a worker which compiles
-nothing pays for nothing. [measured: 2 cores of an AMD EPYC, torch 2.13, 2026-11] As long as that
-module is not imported nothing can be compiling, so until then the methods are called as they are;
-from the moment a user's code imports it, they are wrapped as torch does it.
+`torch.optim.Optimizer` wraps four methods so that torch.compile leaves them alone, and every
+optimizer's `step` so that it runs without gradients; both wrappers import `torch._dynamo` at the
+first call: 1.5 s and some 100 MB that a worker which compiles nothing pays for nothing.
+[measured: 2 cores of an AMD EPYC, torch 2.13, 2026-11] As long as that module is not imported
+nothing can be compiling, so until then the methods are called as they are, `step` without
+gradients; from the moment a user's code imports it, they are called as torch wraps them.
 
-This uses a private attribute of torch; where it is missing, torch imports the module as before.
+This uses private attributes of torch; where they are missing, torch imports the module as before.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 
 CACHE = "__dynamo_disable"
+STEP_WRAPPER = "_use_grad_for_differentiable"
 
 
 def _late(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,7 +38,30 @@ def _late(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _late_step(wrapped: Callable[..., Any]) -> Callable[..., Any]:
+    """An optimizer's `step`; what torch's wrapper does without torch._dynamo, until that is there.
+
+    Arguments:
+        wrapped: `step` as torch wraps it.
+    """
+    step = wrapped.__wrapped__  # type: ignore[attr-defined]
+
+    @functools.wraps(step)
+    def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if "torch._dynamo" in sys.modules:
+            return wrapped(self, *arguments, **keywords)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return step(self, *arguments, **keywords)
+
+    return call
+
+
 for _name in ("state_dict", "load_state_dict", "zero_grad", "add_param_group"):
     _method = getattr(getattr(torch.optim.Optimizer, _name), "__wrapped__", None)
     if _method is not None and not hasattr(_method, CACHE):
         setattr(_method, CACHE, _late(_method))
+
+for _class in vars(torch.optim).values():
+    _step: Any = vars(_class).get("step") if isinstance(_class, type) else None
+    if hasattr(_step, "__wrapped__") and STEP_WRAPPER in _step.__code__.co_qualname:
+        _class.step = _late_step(_step)

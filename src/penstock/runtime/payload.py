@@ -9,6 +9,7 @@ The head can be read before anything of the user's is imported.
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import pickle
@@ -18,6 +19,8 @@ from typing import Any
 import cloudpickle
 
 from penstock.errors import NetworkError
+from penstock.section import label
+from penstock.spec import Maker
 
 ALIGNMENT = 64
 
@@ -74,15 +77,24 @@ def _aligned(size: int) -> int:
 
 
 def _culprit(value: Any) -> str:
-    """The name of the first field that cannot be pickled by itself."""
-    fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    for name, field in fields.items():
+    """The name of the first part that cannot be pickled by itself."""
+    for name, part in _parts(value).items():
         try:
-            cloudpickle.dumps(field)
+            cloudpickle.dumps(part)
         except Exception:
-            return f"{name} ({type(field).__name__})" if not _inner(field) else _culprit(field)
+            return _culprit(part) if _parts(part) else f"{name} ({_kind(part)})"
     return type(value).__name__
 
 
-def _inner(field: Any) -> bool:
-    return type(field).__module__.startswith("penstock") and hasattr(field, "__dict__")
+def _parts(value: Any) -> dict[str, Any]:
+    """What a thing of ours is made of, by name; a Job's makers are the user's."""
+    if isinstance(value, functools.partial):
+        return {str(n): part for n, part in enumerate(value.args)} | value.keywords
+    if isinstance(value, dict):
+        return value
+    ours = type(value).__module__.startswith("penstock") and not isinstance(value, Maker)
+    return getattr(value, "__dict__", {}) if ours else {}
+
+
+def _kind(part: Any) -> str:
+    return label(part.target) if isinstance(part, Maker) else type(part).__name__

@@ -31,17 +31,21 @@ class Progress:
     Arguments:
         step: optimizer steps done.
         examples: records trained on, all shards together, as far as exchanged.
+        loss: mean over all shards' examples in the last exchange; None before the first.
         steps_apart: steps since the shards last agreed.
         cursors: by source.
         best: step and metric of the best checkpoint, or None.
+        evaluated: the step of each source's last evaluation.
         memory: JSON values of the loop (best score, patience).
     """
 
     step: int = 0
     examples: int = 0
+    loss: float | None = None
     steps_apart: int = 0
     cursors: dict[str, Cursor] = field(default_factory=dict)
     best: list[float] | None = None
+    evaluated: dict[str, int] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

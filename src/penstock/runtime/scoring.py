@@ -14,7 +14,7 @@ from penstock.exchange import tree
 from penstock.exchange.transport import Transport
 from penstock.runtime.batches import Feed
 from penstock.runtime.evaluation import Classification, Evaluation, Regression
-from penstock.runtime.shards import preserved
+from penstock.runtime.shards import preserved, seed
 
 LOSS, EXAMPLES, HEAD = range(3)
 
@@ -47,6 +47,7 @@ def score(
     network.eval()
     with preserved(), torch.no_grad():
         for i in range(len(feed.own)):
+            seed(feed.seed, 2, feed.own[i])  # a source or a network may draw random numbers
             found: Classification | Regression | None = None
             total, examples = 0.0, 0
             for batch in feed.in_order(i, batch_size):

@@ -34,10 +34,10 @@ class RandomState:
         return cls(torch.get_rng_state(), cuda, numpy_state, random.getstate())
 
     @classmethod
-    def seeded(cls, *key: int) -> RandomState:
+    def seeded(cls, first: int, *key: int) -> RandomState:
         """The state that a key stands for; leaves this process's generators as they are."""
         with preserved():
-            seed(*key)
+            seed(first, *key)
             return cls.capture()
 
     def restore(self) -> None:
@@ -86,9 +86,10 @@ def _cuda_in_use() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-def seed(*key: int) -> None:
+def seed(first: int, *key: int) -> None:
     """Seeds all generators of this process from a key of whole numbers."""
-    words = np.random.SeedSequence(key).generate_state(3)
+    # As spawn key and not as more entropy, where (1, 1) would be as (1, 1, 0).
+    words = np.random.SeedSequence(first, spawn_key=key).generate_state(3)
     torch.manual_seed(int(words[0]))
     np.random.seed(int(words[1]))
     random.seed(int(words[2]))
@@ -175,7 +176,10 @@ def merged_buffers(
     fixed tree (so a buffer that is equal everywhere stays as it is, to the bit); others are
     shard 0's.
     """
-    merged = {name: tensor.clone() for name, tensor in buffers.of(0).items()}
+    merged = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in buffers.of(0).items()
+    }
     for tensor in merged.values():
         transport.broadcast(tensor, root=0).wait()
     floating = [(name, t) for name, t in merged.items() if t.is_floating_point()]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from penstock.errors import RunError
 
@@ -30,7 +33,10 @@ class Store:
         path = f"{self._root}/{name}"
         try:
             self._files.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            self._files.pipe_file(path, data)
+            if isinstance(self._files, LocalFileSystem):
+                _write_local(path, data)
+            else:
+                self._files.pipe_file(path, data)
         except OSError as error:
             raise RunError(
                 f"{self.url}/{name} cannot be written ({len(data)} bytes): {error}",
@@ -68,3 +74,16 @@ class Store:
                 self._files.rm(path, recursive=True)
         except OSError as error:
             raise RunError(f"{self.url}/{name} cannot be deleted: {error}") from error
+
+
+def _write_local(path: str, data: bytes) -> None:
+    """Writes a file at once, as object stores do: whoever reads it, or is killed, sees no half."""
+    hidden = f"{path}.part"
+    try:
+        with open(hidden, "wb") as file:
+            file.write(data)
+        os.replace(hidden, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(hidden)
+        raise

@@ -114,30 +114,35 @@ class Worker:
         }
         self._prepared: Prepared | None = None
         self._progress = Progress()
+        self._evaluated_before: dict[str, int] = {}
         self._recorder: Recorder | None = None
         self._active: int | None = None
         self._out: _Out | None = None
         self._in_step, self._between_steps = False, True
-        self._requested_checkpoint = False
+        self._save, self._agreed_save = False, False
         self._checkpointed_at = -1
         self._schedule_every = 1
         self._wish: str | None = None
         self.stopped: str | None = None
         """Why training ends before its last epoch, or None; equal on all workers."""
-        self.loss = math.nan
-        """Mean loss over all shards' examples in the last exchange."""
         self._shown_at = 0.0
         self._shown: dict[str, Any] = {"epochs": 0, "steps_per_epoch": 0}
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps done."""
-        return self._progress.step
+        """Optimizer steps done, and the one that the last `step` belongs to."""
+        under_way = self._in_step and self._out is None
+        return self._progress.step + under_way
 
     @property
     def examples(self) -> int:
         """Records trained on so far, all shards together, as far as exchanged."""
         return self._progress.examples
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over all shards' examples in the last exchange; NaN before the first."""
+        return math.nan if self._progress.loss is None else self._progress.loss
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -170,7 +175,10 @@ class Worker:
         module = network if isinstance(network, torch.nn.Module) else network()
         module.to(self.device).train()
         for tensor in [*module.parameters(), *module.buffers()]:
-            self._transport.broadcast(tensor.data, root=0).wait()
+            whole = tensor.data.contiguous()
+            self._transport.broadcast(whole, root=0).wait()
+            if not tensor.is_contiguous():
+                tensor.data.copy_(whole)
         made = (
             optimizer
             if isinstance(optimizer, torch.optim.Optimizer)
@@ -205,6 +213,7 @@ class Worker:
         )
         if self._saved is not None:
             self._progress = saving.restore(self._prepared, self._saved)
+            self._evaluated_before = dict(self._progress.evaluated)
             self._checkpointed_at = self._progress.step
         if self.rank == 0:
             self._recorder = Recorder(
@@ -247,31 +256,35 @@ class Worker:
         while cursor.epoch < epochs and self.stopped is None:
             self._in_step, self._between_steps = True, False
             if self._recorder is not None:
-                self._recorder.before_step(self.global_step + 1, agreement.parameters_of(0))
+                self._recorder.before_step(self._progress.step + 1, agreement.parameters_of(0))
             reads = [feed.rows_of_step(i, cursor.step, per_step) for i in range(len(own))]
-            last = max((i for i, positions in enumerate(reads) if positions), default=-1)
-            for i, positions in enumerate(reads[: last + 1]):
+            for i, positions in enumerate(reads):
                 self._enter(i)
                 agreement.activate(i)
                 for start in range(0, len(positions), batch_size):
                     batch = feed.batch(i, cursor.epoch, positions[start : start + batch_size])
-                    ends_shard = start + batch_size >= len(positions)
-                    self._out = _Out(batch, i, ends_shard, ends_shard and i == last)
+                    self._out = _Out(batch, start + batch_size >= len(positions))
                     yield batch
-                    if self._out is not None and ends_shard:  # the loop made no step of it
+                    if self._out is not None and self._out.ends_shard:  # no step was made of it
                         agreement.skip()
                     self._out = None
                 if not positions:
                     agreement.skip()
-            if self._in_step:
-                self._commit(range(last + 1, len(own)))
+            self._commit()
             cursor.step += 1
             if cursor.step == steps:
                 cursor.epoch, cursor.step = cursor.epoch + 1, 0
             self._after_step()
 
     def step(self, loss: torch.Tensor) -> None:
-        """Backward, exchange, update: call it with the mean loss over the batch that is out."""
+        """Backward for the batch that is out, and with the step's last one exchange and update.
+
+        The exchange goes on while the loop's body does; the update is made when the loop asks for
+        its next batch.
+
+        Arguments:
+            loss: one number, the mean over the batch.
+        """
         out, prepared = self._out, self._need_prepared()
         if out is None:
             raise UserError(
@@ -286,11 +299,9 @@ class Worker:
             )
         self._out = None
         prepared.agreement.backward(loss, out.batch.size, out.ends_shard)
-        if out.ends_step:
-            self._commit(range(out.i + 1, len(self.shards)))
 
     def stop(self, reason: str) -> None:
-        """Asks all workers to end training after this step or the next exchange."""
+        """Asks all workers to end training after this step (or the next exchange)."""
         self._wish = self._wish or reason
 
     def report(self, **scalars: float) -> None:
@@ -299,7 +310,9 @@ class Worker:
             self._recorder.scalars(self.global_step, scalars)
 
     def checkpoint(self, metric: float | None = None) -> None:
-        """Asks for a checkpoint after the current step; all workers must ask for the same ones.
+        """Asks for a checkpoint after this step (or the next exchange); one asking is enough.
+
+        In a function of `after_step`, where all workers must ask alike, it is written at once.
 
         Arguments:
             metric: higher is better; the checkpoint with the highest is kept beside the last ones.
@@ -307,7 +320,7 @@ class Worker:
         if self._between_steps:
             self._checkpoint(metric)
         else:
-            self._requested_checkpoint = True
+            self._save = True
 
     def evaluate(
         self,
@@ -345,10 +358,12 @@ class Worker:
                 top_k=top_k,
                 batch_size=batch_size,
             )
+        self._progress.evaluated[name] = self.global_step
         if self._recorder is not None:
-            self._recorder.scalars(
-                self.global_step, {f"{name}/{k}": v for k, v in evaluation.numbers().items()}
-            )
+            if self._evaluated_before.get(name) != self.global_step:  # else it is in the events
+                self._recorder.scalars(
+                    self.global_step, {f"{name}/{k}": v for k, v in evaluation.numbers().items()}
+                )
             self._recorder.go_on()
             self._send(
                 {
@@ -362,13 +377,17 @@ class Worker:
 
     def conclude(self) -> None:
         """Ends training with one more exchange where shards stand apart. Collective."""
-        outcome = self._need_prepared().agreement.commit(self.global_step, False, final=True)
-        self._count(outcome)
+        self._count(self._need_prepared().agreement.conclude())
 
     def finish(self) -> None:
         """Concludes, unless interrupted, and writes the last checkpoint. Collective."""
         if self._prepared is None:
             return
+        if self._in_step:
+            raise UserError(
+                f"the loop over worker.batches was left in the middle of step {self.global_step}",
+                hint="worker.stop(reason) instead of break: it ends the loop of all workers alike",
+            )
         if self.stopped != "interrupted":
             self.conclude()
             self._checkpoint(None, again=True)
@@ -405,7 +424,7 @@ class Worker:
         )
 
     def _where(self, i: int) -> str:
-        return f"step {self.global_step + 1}, shard {self.shards[i]} on rank {self.rank}"
+        return f"step {self._progress.step + 1}, shard {self.shards[i]} on rank {self.rank}"
 
     def _need_prepared(self) -> Prepared:
         if self._prepared is None:
@@ -434,30 +453,29 @@ class Worker:
         prepared.buffers.activate(i)
         self._active = i
 
-    def _commit(self, drained: range) -> None:
-        """Ends the step; the drained own shards have no record in it."""
-        prepared, step = self._need_prepared(), self.global_step + 1
-        for i in drained:
-            prepared.agreement.activate(i)
-            prepared.agreement.skip()
+    def _commit(self) -> None:
+        """Ends the step: exchange and update."""
+        prepared, step = self._need_prepared(), self._progress.step + 1
         for message in self._receive():
             if message.get("do") == "stop":
                 self.stop("interrupted")
-        outcome = prepared.agreement.commit(step, self._wish is not None)
-        self._progress.step = step
+        outcome = prepared.agreement.commit(step, stop=self._wish is not None, save=self._save)
+        self._progress.step, self._in_step = step, False
         self._count(outcome)
+        rates = [float(group["lr"]) for group in prepared.optimizer.param_groups]
         if prepared.schedule is not None and step % self._schedule_every == 0:
             prepared.schedule.step()
-        if outcome is not None and outcome.stop:
-            self.stopped = self._agree_why()
-        self._in_step = False
+        if outcome is not None:
+            self._save, self._agreed_save = False, outcome.save
+            if outcome.stop:
+                self.stopped = self._agree_why()
         if self._recorder is not None:
-            self._show(prepared, outcome)
+            self._show(prepared, outcome, rates)
 
     def _count(self, outcome: Outcome | None) -> None:
         if outcome is not None and outcome.examples:
             self._progress.examples += outcome.examples
-            self.loss = outcome.loss
+            self._progress.loss = outcome.loss
 
     def _agree_why(self) -> str:
         """The wish of the lowest rank that has one."""
@@ -471,12 +489,12 @@ class Worker:
             return "interrupted"
         return next(wish for wish in wishes if wish)
 
-    def _show(self, prepared: Prepared, outcome: Outcome | None) -> None:
+    def _show(self, prepared: Prepared, outcome: Outcome | None, rates: list[float]) -> None:
         assert self._recorder is not None
         self._recorder.after_step(
             self.global_step,
             outcome,
-            [float(group["lr"]) for group in prepared.optimizer.param_groups],
+            rates,
             [name for name, _ in prepared.trained],
             prepared.agreement.parameters_of(0),
             prepared.agreement.gradients(),
@@ -506,8 +524,8 @@ class Worker:
         self._between_steps = True
         for function in self.after_step:
             function(self)
-        if self._requested_checkpoint or self.stopped == "interrupted":
-            self._requested_checkpoint = False
+        if self._agreed_save or self.stopped == "interrupted":
+            self._agreed_save = False
             self._checkpoint(None)
         if self.stopped == "interrupted":
             raise Interrupt
@@ -537,6 +555,4 @@ class _Out:
     """A batch that is with the training function."""
 
     batch: Batch
-    i: int
     ends_shard: bool
-    ends_step: bool

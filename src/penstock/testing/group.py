@@ -1,0 +1,142 @@
+"""A function on every rank of a group: in threads of this process, or in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penstock.cluster.launcher import WorkerExited, WorkerOutput
+from penstock.cluster.local import LocalLauncher
+from penstock.exchange.loopback import loopback
+from penstock.exchange.torch_transport import TorchTransport
+from penstock.exchange.transport import Transport
+from penstock.runtime.payload import Payload, pack
+from penstock.runtime.preload import PRELOAD
+
+Function = Callable[[Transport], Any]
+GONE = object()
+"""The result of a rank that ended without one, as one that is killed does."""
+END_S = 30.0
+"""How long a function may take beside what it waits for a peer."""
+
+
+def in_threads(world_size: int, function: Function, *, timeout_s: float = 30.0) -> list[Any]:
+    """Calls a function with each rank of a loopback group, in a thread of its own.
+
+    Arguments:
+        timeout_s: how long a collective may wait for a peer.
+
+    Returns:
+        What each rank returned.
+
+    Raises:
+        RuntimeError: a rank raised, with its traceback; or did not end.
+    """
+    results: list[Any] = [GONE] * world_size
+    failures: dict[int, str] = {}
+
+    def call(transport: Transport) -> None:
+        try:
+            results[transport.rank] = function(transport)
+        except Exception:
+            failures[transport.rank] = traceback.format_exc()
+        finally:
+            transport.close()
+
+    transports = loopback(world_size, timeout_s=timeout_s)
+    threads = [threading.Thread(target=call, args=(t,), daemon=True) for t in transports]
+    for thread in threads:
+        thread.start()
+    give_up = time.monotonic() + timeout_s + END_S
+    for thread in threads:
+        thread.join(max(0.0, give_up - time.monotonic()))
+    _raise_first(failures, [r for r, thread in enumerate(threads) if thread.is_alive()])
+    return results
+
+
+def in_processes(world_size: int, function: Function, *, timeout_s: float = 30.0) -> list[Any]:
+    """Calls a function with each rank of a gloo group, in a process of its own.
+
+    Arguments:
+        function: is pickled, as its results are.
+        timeout_s: how long a collective may wait for a peer.
+
+    Returns:
+        What each rank returned, or GONE.
+
+    Raises:
+        RuntimeError: a rank raised, with its traceback; or did not end.
+    """
+    results: list[Any] = [GONE] * world_size
+    failures: dict[int, str] = {}
+    running, printed = set(range(world_size)), bytearray()
+    with tempfile.TemporaryDirectory(prefix="penstock-") as folder:
+        task = _Task(function, world_size, folder, timeout_s)
+        launcher = LocalLauncher(PRELOAD, {"GLOO_SOCKET_IFNAME": "lo"})
+        try:
+            launcher.start(pack({"search_path": sys.path}, task), f"{__name__}:main", world_size)
+            give_up = time.monotonic() + timeout_s + END_S
+            while running and time.monotonic() < give_up:
+                select.select(launcher.filenos(), [], [], 0.2)
+                for event in launcher.poll():
+                    if isinstance(event, WorkerExited):
+                        running.discard(event.rank)
+                    elif isinstance(event, WorkerOutput):
+                        printed += event.data
+        finally:
+            launcher.close()
+        for rank in range(world_size):
+            if (path := task.result_of(rank)).exists():
+                failed, value = pickle.loads(path.read_bytes())
+                if failed:
+                    failures[rank] = value
+                else:
+                    results[rank] = value
+    sys.stderr.write(printed.decode(errors="replace"))
+    _raise_first(failures, sorted(running))
+    return results
+
+
+@dataclass(frozen=True)
+class _Task:
+    function: Function
+    world_size: int
+    folder: str
+    timeout_s: float
+
+    def result_of(self, rank: int) -> Path:
+        return Path(self.folder) / f"result-{rank}"
+
+
+def main(fd: int) -> int:
+    """A rank's process."""
+    rank = int(os.environ["PENSTOCK_RANK"])
+    packed = Payload(fd)
+    sys.path[:] = packed.head["search_path"]
+    task: _Task = packed.load()
+    try:
+        transport = TorchTransport(
+            "gloo", f"{task.folder}/rendezvous", rank, task.world_size, task.timeout_s
+        )
+        result = (False, task.function(transport))
+    except Exception:
+        result = (True, traceback.format_exc())
+    task.result_of(rank).write_bytes(pickle.dumps(result))
+    return 0
+
+
+def _raise_first(failures: dict[int, str], running: list[int]) -> None:
+    for rank, text in sorted(failures.items()):
+        raise RuntimeError(f"rank {rank} raised:\n{text}")
+    if running:
+        raise RuntimeError(f"ranks {running} did not end")
