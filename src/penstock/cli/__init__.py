@@ -107,8 +107,8 @@ def evaluate(run_directory: RunDirectory, as_json: AsJson = False) -> None:
     _print(Run(run_directory).evaluate(), as_json)
 
 
-@app.command()
-def doctor(as_json: AsJson = False) -> None:
+@app.command("doctor")  # whose module has that name here
+def doctor_command(as_json: AsJson = False) -> None:
     """Examine this machine: what training needs, and the fix for each thing missing."""
     from rich.console import Console
 
