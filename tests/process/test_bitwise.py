@@ -163,12 +163,12 @@ class Odd(nn.Module):
         self.register_buffer("mask", torch.rand(10) < 0.9)
         self.register_buffer("count", torch.tensor(3, dtype=torch.int16))
         self.register_buffer("phase", torch.ones(4, dtype=torch.complex64))
-        self.register_buffer("half", torch.rand(4, 3).half().t())
+        self.register_buffer("table", torch.rand(4, 3).half().t())
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x).flatten(1)
-        return (self.dense(x) + x @ self.turned) * self.mask + self.half.sum() * self.count
+        return (self.dense(x) + x @ self.turned) * self.mask + self.table.sum() * self.count
 
 
 @pytest.mark.parametrize("strategy", [AllReduce(), Averaging(every=2)])

@@ -426,11 +426,13 @@ def ended(process: subprocess.Popen[bytes], everyone: list[int], seconds: float)
     return took_s
 
 
-def test_the_driver_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [1, 2], ids=["alone", "with the fork server"])
+def test_the_driver_is_killed(tmp_path: Path, killed: int) -> None:
     process = begun(tmp_path, "stubborn")
     everyone = family(process.pid)
     assert len(everyone) == 4  # itself, the fork server, two workers
-    process.kill()
+    for pid in everyone[:killed]:
+        os.kill(pid, signal.SIGKILL)
     process.wait(5)
     until(lambda: not any(map(alive, everyone)), 2, "nothing is left")
 
@@ -443,7 +445,7 @@ def test_asked_to_stop(
 ) -> None:
     process = begun(tmp_path, "willing", strategy)
     everyone = family(process.pid)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal does
     ended(process, everyone, 5)
     output = (tmp_path / "output").read_text()
     run = Run(str(tmp_path / "run"))

@@ -96,7 +96,7 @@ def test_all_reduce(optimizer: Any, job: Callable[..., Job]) -> None:
         assert_close(parameters_of(run), other.parameters, TOLERANCE)
 
 
-@pytest.mark.parametrize(("shards", "workers"), [(1, 1), (2, 1), (2, 2), (3, 1), (3, 3)])
+@pytest.mark.parametrize(("shards", "workers"), [(1, 1), (2, 2), (3, 1), (3, 3)])
 @pytest.mark.parametrize(
     "partitions",
     [None, [37, 0, 50], [0, 0, 61], [3, 50, 40, 8]],
@@ -123,6 +123,7 @@ def test_averaging_every_step_is_all_reduce(
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("average_state", [True, False])
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # a replica without data
 def test_averaging(optimizer: Any, average_state: bool, job: Callable[..., Job]) -> None:
     strategy = Averaging(every=5, average_optimizer_state=average_state)
     averaging = job(

@@ -193,7 +193,6 @@ def _run(
         if Store(store.url).exists("plan.json"):
             raise RunError(f"{store.url} is a run already", hint=f"--resume {store.url}")
         plan, resume_step = _decide(wanted, settings, manifests, workers), None
-        store.write("job.yaml", wanted.job_yaml.encode())
     else:
         store = Store(resume.url if isinstance(resume, Run) else str(resume))
         plan, resume_step = _decided(store, settings, manifests)
@@ -219,11 +218,12 @@ def _run(
         )
         try:
             packed = payload.pack(entry.head(coordinator.address, token), assignment)
+            store.write("job.yaml", wanted.job_yaml.encode())
             store.write("plan.json", json.dumps(plan.to_dict(), indent=1).encode())
             launcher = LocalLauncher(PRELOAD, {"GLOO_SOCKET_IFNAME": "lo"})
             watched = _Watch(coordinator, launcher, store, workers, display(progress), began)
             watched.shown.line(
-                f"{wanted.name}  {_workers(workers)} on this machine"
+                f"{wanted.name}  {_workers(workers)} on this machine, {_words(settings.strategy)}"
                 + ("" if resume_step is None else f", resumed after step {resume_step}")
             )
             try:
@@ -539,6 +539,13 @@ def _absolute(url: str) -> str:
 def _number(value: Any) -> Any:
     """JSON has no NaN."""
     return None if isinstance(value, float) and value != value else value
+
+
+def _words(strategy: AllReduce | Averaging) -> str:
+    if isinstance(strategy, AllReduce):
+        return "gradients summed every step"
+    steps = "step" if strategy.every == 1 else f"{strategy.every} steps"
+    return f"parameters averaged every {steps}"
 
 
 def _workers(number: int) -> str:

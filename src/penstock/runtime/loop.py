@@ -37,10 +37,7 @@ def train(job: Job, worker: Worker) -> None:
     between = _Between(job, worker, steps_per_epoch, loss_of, autocast)
     worker.after_step.append(between)
     between.tell("started")
-    memory = worker.memory
-    worker.stopped = memory.get("stopped")  # a run that was stopped early has ended for good
-    if "stop" in memory:  # it was asked for just before the checkpoint
-        worker.stop(memory["stop"])
+    worker.stopped = worker.memory.get("stopped")  # a run that has stopped early has ended for good
     for batch in worker.batches(
         "train", epochs=job.epochs, batch_size=job.batch_size, accumulate=job.accumulate
     ):
@@ -49,8 +46,6 @@ def train(job: Job, worker: Worker) -> None:
             loss = loss_of_batch(network, loss_of, batch, where)
         worker.step(loss)
     worker.conclude()
-    if "stop" in memory:
-        memory["stopped"] = worker.stopped
     if job.test is not None and between.evaluated_at != worker.global_step:
         between.evaluate()
     between.tell("ended")
@@ -196,5 +191,5 @@ class _Between:
             self._stop(f"{stop.metric} has not improved in {stop.patience} evaluations")
 
     def _stop(self, reason: str) -> None:
-        self._worker.memory.setdefault("stop", reason)
-        self._worker.stop(reason)
+        """Ends training now: all workers know the same scores."""
+        self._worker.memory["stopped"] = self._worker.stopped = reason
