@@ -459,8 +459,9 @@ def test_averaging_weighs_by_examples() -> None:
             assert rank.parameters["weight"].item() == -(1 * 1 + 3 * 3) / (1 + 3)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("every", [None, 1, 2])
-def test_zero_grad_between_batches_does_no_harm(every: int | None) -> None:
+def test_zero_grad_between_batches_does_no_harm(every: int | None, set_to_none: bool) -> None:
     """As loops written elsewhere call it, before each backward."""
     (expected,) = train(MicroBatches(), losses_of, 1, every=every)
 
@@ -473,10 +474,10 @@ def test_zero_grad_between_batches_does_no_harm(every: int | None) -> None:
                 agreement.activate(i)
                 parts = len(network.losses(step, i))
                 for n in range(parts):
-                    optimizer.zero_grad()
+                    optimizer.zero_grad(set_to_none)
                     loss, examples = network.losses(step, i)[n]
                     agreement.backward(loss, examples, n + 1 == parts)
-                    optimizer.zero_grad()
+                    optimizer.zero_grad(set_to_none)
                 if not parts:
                     agreement.skip()
             agreement.commit(step)

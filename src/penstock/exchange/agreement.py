@@ -161,6 +161,12 @@ def clip_gradients(flats: Sequence[torch.Tensor], clip: Clip) -> None:
                 flat.mul_(clip.norm / (norm + 1e-6))
 
 
+def hide_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """The parameters have no gradient; the flat buffers keep theirs."""
+    for parameter in parameters:
+        parameter.grad = None
+
+
 @contextmanager
 def data_replaced(
     parameters: Sequence[torch.nn.Parameter], tensors: Sequence[torch.Tensor]

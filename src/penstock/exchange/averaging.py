@@ -122,6 +122,7 @@ class AveragingAgreement:
         self._point_at_gradients()
         weighted = loss if last and not self._step_examples else loss * examples
         weighted.backward()  # type: ignore[no-untyped-call]
+        agreement.hide_gradients(self._parameters)  # until the update
         self._step_loss += loss.item() * examples
         if weighted is not loss:
             self._step_examples += examples
@@ -243,7 +244,6 @@ class AveragingAgreement:
         self._optimizer.state = self._states[i]  # type: ignore[assignment]
 
     def _point_at_gradients(self) -> None:
-        """Each time anew: a loop may have called the optimizer's zero_grad since."""
         for p, view in zip(self._parameters, self._gradient_views, strict=True):
             p.grad = view
 

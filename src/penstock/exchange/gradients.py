@@ -109,9 +109,10 @@ class GradientAgreement:
             self._missing = [0] * len(self._buckets)
             for bucket in self._bucket_of:
                 self._missing[bucket] += 1
-        # Here and not in `activate`: a loop may have called the optimizer's zero_grad since.
+        # Hidden until the update: a loop's zero_grad can neither take nor clear them.
         self._point_at(self._sums[0].row_index(self._i))
         (loss * examples).backward()  # type: ignore[no-untyped-call]
+        agreement.hide_gradients(self._parameters)
         self._loss += loss.item() * examples
         if last:
             self._end_shard()
