@@ -1,19 +1,22 @@
-"""LeNet on full MNIST, 32 examples a step on each of 2 workers of 1 thread: examples/s, and seconds
-from the call to the first step.
+"""LeNet on full MNIST, 32 examples a step on each of 2 workers of 1 thread: examples/s beside
+peers, and seconds from the call to the first step.
 
-    limit             two plain PyTorch loops that never talk; their sum is the physical limit
-    ddp               torch's DistributedDataParallel on gloo
-    torchdistributor  the same, started by pyspark's TorchDistributor in local mode
-    averaging         Penstock, parameters averaged every 5 steps
-    allreduce         Penstock, gradients summed every step
+    limit       two plain PyTorch loops that never talk; their sum is the physical limit
+    meeting 5   the same loops, waiting for each other every 5 steps, with nothing to say: what
+    meeting 1   noise alone costs those who must agree, every 5 steps or every step
+    ddp         torch's DistributedDataParallel on gloo
+    averaging   Penstock, parameters averaged every 5 steps
+    allreduce   Penstock, gradients summed every step
 
-Each measurement is a process of its own; they take turns (limit, ddp, ... limit, ddp, ...), so that
-all see the same noise; medians are printed with the ratio to the limit of the same round.
+Rates: the same two processes take turns with all of them, 50 steps each, some 40 times over, so
+that all see the same noise of a shared machine; printed are medians, and the median of the ratio
+to the limit in the same turn. First steps: each measured in a fresh process, in rounds, beside
+pyspark's TorchDistributor in local mode (a session is up already).
 
-    python benchmarks/lenet.py [--data FOLDER] [--rounds 5] [--only averaging allreduce]
+    python benchmarks/lenet.py [--data FOLDER] [--turns 40] [--rounds 5]
 
 FOLDER holds the four idx files of MNIST; without it the 10,000 images that the package carries
-are read six times over.
+serve.
 """
 
 from __future__ import annotations
@@ -29,81 +32,130 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from penstock import AllReduce, Averaging, Checkpoint, Job, feed, zoo
+from penstock import AllReduce, Averaging, Job, Worker, feed, zoo
+from penstock.exchange.torch_transport import TorchTransport
+from penstock.plan import Plan
+from penstock.runtime import optimizers  # noqa: F401  as in a worker
+from penstock.runtime.store import Store
+from penstock.runtime.worker import Settings
 
-BATCH, WORKERS, WARM_UP = 32, 2, 50
+BATCH, WORKERS, STEPS_A_TURN = 32, 2, 50
 OPTIMIZER = functools.partial(torch.optim.Adagrad, lr=0.01, weight_decay=5e-4)
 
 
 def arrays(data: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """60,000 images, float32 (60000, 1, 28, 28), and labels, int64."""
-    source = feed.mnist(data, "train")
+    """The training images, float32 (N, 1, 28, 28), and labels, int64 (N,)."""
+    source = feed.mnist(data)
     manifest = source.manifest()
-    records = source.open(manifest.share(0, 1))
-    import numpy as np
-
-    x, y = records.take(np.arange(manifest.rows) % manifest.rows)
-    repeats = 60_000 // manifest.rows
-    return x.repeat(repeats, 1, 1, 1), y.repeat(repeats)  # type: ignore[union-attr]
+    x, y = source.open(manifest.share(0, 1)).take(np.arange(manifest.rows))
+    assert isinstance(x, torch.Tensor)
+    assert isinstance(y, torch.Tensor)
+    return x, y
 
 
-def loop(
-    network: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, together: Callable[[], Any]
-) -> dict[str, float]:
-    """A plain loop over these examples; its rate after the warm-up."""
+def plain(x: torch.Tensor, y: torch.Tensor, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """A plain loop that pauses after each step."""
+    network = wrap(zoo.lenet())
     optimizer = OPTIMIZER(network.parameters())
-    order = torch.randperm(len(x))
-    together()
-    first = 0.0
-    began = time.perf_counter()
-    steps = len(x) // BATCH
-    for step in range(steps):
-        index = order[step * BATCH : (step + 1) * BATCH]
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(network(x[index]), y[index]).backward()
-        optimizer.step()
-        if step == 0:
-            first = time.time()
-        if step + 1 == WARM_UP:
-            began = time.perf_counter()
-    rate = (steps - WARM_UP) * BATCH / (time.perf_counter() - began)
-    return {"rate": rate, "first": first}
+    while True:
+        order = torch.randperm(len(x))
+        for step in range(len(x) // BATCH):
+            index = order[step * BATCH : (step + 1) * BATCH]
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(x[index]), y[index]).backward()
+            optimizer.step()
+            yield
 
 
-def alone(rank: int, data: str | None, barrier: Any, queue: Any) -> None:
+def meeting(loop: Iterator[None], every: int, transport: TorchTransport) -> Iterator[None]:
+    """A loop that waits for the other process every so many steps."""
+    said, heard = torch.zeros(1), torch.zeros(WORKERS, 1)
+    for step, _ in enumerate(loop, 1):
+        if step % every == 0:
+            transport.all_gather(heard, said).wait()
+        yield
+
+
+def of_penstock(
+    strategy: AllReduce | Averaging, source: feed.Source, transport: TorchTransport, folder: str
+) -> Iterator[None]:
+    """A worker's loop that pauses after each step."""
+    plan = Plan(WORKERS, 1, 0, None, "cpu", {"train": source.manifest()})
+    store = Store(f"{folder}/{type(strategy).__name__}")
+    settings = Settings(strategy)
+    worker = Worker(transport, plan, {"train": source}, settings, store, None, json.dumps, list)
+    network, _ = worker.prepare(zoo.lenet, OPTIMIZER)
+    for batch in worker.batches("train", epochs=1_000, batch_size=BATCH):
+        worker.step(torch.nn.functional.cross_entropy(network(batch.x), batch.y))
+        yield
+
+
+def take_turns(rank: int, data: str | None, turns: int, folder: str, queue: Any) -> None:
+    """One of two processes that run all loops in turn; puts the seconds of each turn."""
     torch.set_num_threads(1)
     x, y = arrays(data)
-    queue.put(loop(zoo.lenet(), x[rank::WORKERS], y[rank::WORKERS], barrier.wait))
+    x, y = x[rank::WORKERS], y[rank::WORKERS]
+    source = feed.mnist(data)
+    transport = TorchTransport("gloo", f"{folder}/rendezvous", rank, WORKERS, 300.0)
+    loops = {
+        "limit": plain(x, y, lambda network: network),
+        "meeting 5": meeting(plain(x, y, lambda network: network), 5, transport),
+        "meeting 1": meeting(plain(x, y, lambda network: network), 1, transport),
+        "ddp": plain(x, y, torch.nn.parallel.DistributedDataParallel),
+        "averaging": of_penstock(Averaging(every=5), source, transport, folder),
+        "allreduce": of_penstock(AllReduce(), source, transport, folder),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for turn in range(turns + 1):
+        for name, loop in loops.items():
+            transport.barrier()
+            began = time.perf_counter()
+            for _ in range(STEPS_A_TURN):
+                next(loop)
+            if turn:  # the first warms up
+                seconds[name].append(time.perf_counter() - began)
+    queue.put(seconds)
+    transport.barrier()
 
 
-def limit(data: str | None) -> dict[str, float]:
+def rates(data: str | None, turns: int) -> dict[str, list[float]]:
+    """Examples/s of both processes together, in each turn, by loop."""
     context = multiprocessing.get_context("spawn")
-    barrier, queue = context.Barrier(WORKERS), context.Queue()
-    called = time.time()
-    for rank in range(WORKERS):
-        context.Process(target=alone, args=(rank, data, barrier, queue)).start()
-    found = [queue.get() for _ in range(WORKERS)]
-    return {"rate": sum(f["rate"] for f in found), "first_s": found[0]["first"] - called}
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=take_turns, args=(rank, data, turns, folder, queue))
+            for rank in range(WORKERS)
+        ]
+        for process in processes:
+            process.start()
+        found = [queue.get(timeout=60 + 20 * turns) for _ in processes]
+        for process in processes:
+            process.join(60)
+    examples = STEPS_A_TURN * BATCH
+    return {
+        name: [sum(examples / s for s in both) for both in zip(*(f[name] for f in found))]
+        for name in found[0]
+    }
 
 
-def with_ddp(data: str | None) -> dict[str, float]:
-    """One rank of DistributedDataParallel; rank and world size come from the environment."""
+def first_of_ddp(data: str | None) -> float:
+    """When a rank of DistributedDataParallel had made its first step; the environment names it."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    x, y = arrays(data)
-    network = torch.nn.parallel.DistributedDataParallel(zoo.lenet())
-    found = loop(network, x[rank::WORKERS], y[rank::WORKERS], dist.barrier)
+    next(plain(*arrays(data), torch.nn.parallel.DistributedDataParallel))
+    first = time.time()
     dist.destroy_process_group()
-    return {"rate": found["rate"] * WORKERS, "first": found["first"]}
+    return first
 
 
 def ddp_rank(rank: int, data: str | None, port: int, queue: Any) -> None:
@@ -113,24 +165,20 @@ def ddp_rank(rank: int, data: str | None, port: int, queue: Any) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    queue.put(with_ddp(data))
+    queue.put(first_of_ddp(data))
 
 
-def ddp(data: str | None) -> dict[str, float]:
+def ddp(data: str | None) -> float:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     port = 20_000 + os.getpid() % 20_000
     called = time.time()
     for rank in range(WORKERS):
         context.Process(target=ddp_rank, args=(rank, data, port, queue)).start()
-    found = [queue.get() for _ in range(WORKERS)]
-    return {
-        "rate": statistics.mean(f["rate"] for f in found),
-        "first_s": found[0]["first"] - called,
-    }
+    return max(queue.get(timeout=500) for _ in range(WORKERS)) - called
 
 
-def torchdistributor(data: str | None) -> dict[str, float]:
+def torchdistributor(data: str | None) -> float:
     os.environ["OMP_NUM_THREADS"] = "1"
     from pyspark.ml.torch.distributor import TorchDistributor
     from pyspark.sql import SparkSession
@@ -142,42 +190,29 @@ def torchdistributor(data: str | None) -> dict[str, float]:
     )
     called = time.time()
     distributor = TorchDistributor(num_processes=WORKERS, local_mode=True, use_gpu=False)
-    found = distributor.run(with_ddp, data)
+    first = distributor.run(first_of_ddp, data)
     spark.stop()
-    return {"rate": found["rate"], "first_s": found["first"] - called}
+    return float(first - called)
 
 
-def penstock(strategy: AllReduce | Averaging, data: str | None) -> dict[str, float]:
+def penstock(strategy: AllReduce | Averaging, data: str | None) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        source = feed.mnist(data, "train")
-        epochs = 60_000 // source.manifest().rows
         job = Job(
             network=zoo.lenet,
             loss="cross_entropy",
             optimizer=OPTIMIZER,
-            train=source,
+            train=feed.mnist(data, "train"),
             batch_size=BATCH,
-            epochs=epochs,
+            epochs=1,
             workers=WORKERS,
             threads=1,
             strategy=strategy,
-            checkpoint=Checkpoint(every=f"{100_000} steps"),
         )
-        source = None  # what the manifest cost above is not to be found in a cache
-        job = job.replace(train=feed.mnist(data, "train"))
         run = job.run(run_dir=f"{folder}/run", progress=False)
-        loss = run.scalars("loss")
-        begin = int((loss.steps >= WARM_UP).argmax())
-        steps = int(loss.steps[-1] - loss.steps[begin])
-        seconds = float(loss.wall_times[-1] - loss.wall_times[begin])
-        return {
-            "rate": steps * BATCH * WORKERS / seconds,
-            "first_s": run.result["seconds_to_first_step"],
-        }
+        return float(run.result["seconds_to_first_step"])
 
 
-PEERS: dict[str, Callable[[str | None], dict[str, float]]] = {
-    "limit": limit,
+PEERS: dict[str, Callable[[str | None], float]] = {
     "ddp": ddp,
     "torchdistributor": torchdistributor,
     "averaging": functools.partial(penstock, Averaging(every=5)),
@@ -185,33 +220,31 @@ PEERS: dict[str, Callable[[str | None], dict[str, float]]] = {
 }
 
 
+def first_steps(data: str | None, rounds: int) -> dict[str, list[float]]:
+    """Seconds from the call to the first step, each in a fresh process, in turn."""
+    found: dict[str, list[float]] = {name: [] for name in PEERS}
+    for _ in range(rounds):
+        for name in PEERS:
+            command = [sys.executable, str(Path(__file__)), "--one", name]
+            command += ["--data", data] if data else []
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                print(f"{name}: failed\n{done.stderr[-2000:]}", file=sys.stderr)
+            else:
+                found[name].append(float(done.stdout.split()[-1]))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", help="folder of MNIST's four idx files")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--turns", type=int, default=40, help="of 50 steps, for rates")
+    parser.add_argument("--rounds", type=int, default=5, help="of processes, for first steps")
     parser.add_argument("--one", choices=PEERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(PEERS[options.one](options.data)))
+        print(PEERS[options.one](options.data))
         return
-    names = [n for n in PEERS if n in options.only or n == "limit"]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for number in range(options.rounds):
-        for name in names:
-            command = [sys.executable, str(Path(__file__)), "--one", name]
-            command += ["--data", options.data] if options.data else []
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            if done.returncode or not lines:
-                print(f"{name}: failed\n{done.stderr[-2000:]}", file=sys.stderr)
-                continue
-            found[name].append(json.loads(lines[-1]) | {"round": number})
-            print(
-                f"  round {number + 1} {name:17} {found[name][-1]['rate']:8,.0f} examples/s  "
-                f"first step {found[name][-1]['first_s']:5.2f} s",
-                file=sys.stderr,
-            )
     cpu = next(
         (
             line.partition(":")[2].strip()
@@ -221,14 +254,21 @@ def main() -> None:
         platform.machine(),
     )
     print(f"{os.cpu_count()} cores, {cpu}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}")
-    print(f"{'':18}{'examples/s':>12}{'of the limit':>14}{'first step':>12}")
-    limits = {f["round"]: f["rate"] for f in found["limit"]}
-    for name, results in found.items():
-        if results:
-            rate = statistics.median(f["rate"] for f in results)
-            share = statistics.median(f["rate"] / limits[f["round"]] for f in results)
-            first = statistics.median(f["first_s"] for f in results)
-            print(f"{name:18}{rate:12,.0f}{share:14.3f}{first:10.2f} s")
+    if options.turns:
+        found = rates(options.data, options.turns)
+        print(f"{'':18}{'examples/s':>12}{'of the limit':>14}   quarter to three quarters")
+        for name, values in found.items():
+            shares = sorted(v / limit for v, limit in zip(values, found["limit"]))
+            low, high = shares[len(shares) // 4], shares[3 * len(shares) // 4]
+            print(
+                f"{name:18}{statistics.median(values):12,.0f}{statistics.median(shares):14.3f}"
+                f"   {low:.3f} to {high:.3f}"
+            )
+    if options.rounds:
+        print(f"{'':18}{'first step':>12}")
+        for name, values in first_steps(options.data, options.rounds).items():
+            if values:
+                print(f"{name:18}{statistics.median(values):10.2f} s")
 
 
 if __name__ == "__main__":

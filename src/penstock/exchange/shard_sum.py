@@ -73,6 +73,7 @@ class ShardSum:
         self.headers = torch.zeros(shards, header_size, dtype=torch.float64, device=device)
         """(shards, header_size) float64: everyone's headers after `finish`."""
         self._under_way: list[_Bucket] = []
+        self._buffers: dict[tuple[str, int, tuple[int, ...]], torch.Tensor] = {}
 
     @property
     def rows(self) -> list[torch.Tensor]:
@@ -136,11 +137,11 @@ class ShardSum:
         if self._most == 1:
             input = self._rows[0, start : stop + header]
         else:
-            input = self._rows.new_empty(self._most * n + header)
+            input = self._kept("input", start, (self._most * n + header,))
             input[: self._most * n].view(self._most, n).copy_(self._rows[: self._most, start:stop])
             if header:
                 input[self._most * n :] = self._rows[0, self._length :]
-        output = self._rows.new_empty(world_size, len(input))
+        output = self._kept("gathered", start, (world_size, len(input)))
         work = self._transport.all_gather(output, input)
         return _Bucket(start, stop, work, input, output, False, with_header)
 
@@ -165,21 +166,29 @@ class ShardSum:
                     : len(shards_of)
                 ]
 
+    def _kept(self, use: str, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """A buffer for this use and bucket, the same one in every step."""
+        key = (use, start, shape)
+        if key not in self._buffers:
+            self._buffers[key] = self._rows.new_zeros(shape)
+        return self._buffers[key]
+
     def _scatter(self, start: int, stop: int) -> _Bucket:
         world_size, n = self._transport.world_size, stop - start
         part = -(-n // world_size)
-        input = self._rows.new_zeros(world_size, self._most, part)
+        input = self._kept("parts", start, (world_size, self._most, part))
         for row in range(len(self._held)):
             padded = torch.nn.functional.pad(
                 self._rows[row, start:stop], (0, part * world_size - n)
             )
             input[:, row] = padded.view(world_size, part)
-        output = torch.empty_like(input)
+        output = self._kept("scattered", start, (world_size, self._most, part))
         work = self._transport.all_to_all(output, input)
         return _Bucket(start, stop, work, input, output, True, False)
 
     def _finish_part(self, bucket: _Bucket) -> None:
-        mine = torch.empty_like(bucket.output[0, 0])
+        part = bucket.output.shape[2]
+        mine = self._kept("mine", bucket.start, (part,))
         tree.combine(
             {
                 node: bucket.output[rank, i]
@@ -190,7 +199,7 @@ class ShardSum:
             mine,
         )
         bucket.input = mine
-        bucket.output = mine.new_empty(self._transport.world_size, len(mine))
+        bucket.output = self._kept("whole", bucket.start, (self._transport.world_size, part))
         bucket.work = self._transport.all_gather(bucket.output, mine)
 
 
