@@ -16,6 +16,8 @@ DEADLINE_S = 120
 """How long a test with processes may take."""
 LEAVE_S = 5.0
 """How long what a test used may take to be gone."""
+OURS = ("penstock", "torch_", "gloo")
+"""How names of shared memory begin that a run may have made; other programs have theirs."""
 FORK_SERVER = "penstock.cluster.forkserver"
 
 
@@ -50,7 +52,9 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     looks: dict[str, Callable[[], set[str]]] = {
         "processes": lambda: {f"{p} {state_of(p)}" for p in descendants()},
-        "shared memory": lambda: {f.name for f in Path("/dev/shm").iterdir()},
+        "shared memory": lambda: {
+            f.name for f in Path("/dev/shm").iterdir() if f.name.startswith(OURS)
+        },
         "temporary folders": lambda: {f.name for f in folder.glob("penstock-*")},
         "listening ports": listening,
     }

@@ -271,7 +271,8 @@ class Job(Section):
         Arguments:
             on: where the workers live: "local" is this machine.
             workers: how many, in place of the job's.
-            resume: a run, or its directory, to go on from.
+            resume: a run, or its directory, to go on from. Its shards, threads and seed stay as
+                they were, and so does its data.
             run_dir: the run's directory; default a new one in `runs`.
             progress: whether to show how the run goes on standard error.
 

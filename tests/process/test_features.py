@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from functools import partial
 from typing import Any
 
@@ -222,3 +223,17 @@ def test_a_run_on_a_url(tmp_path: Any) -> None:
     run = job(runs=f"file://{tmp_path}/deep/runs").run(progress=False)
     assert run.url.startswith(f"file://{tmp_path}/deep/runs/network-")
     assert Run(run.url).evaluation == run.evaluation
+
+
+def test_an_epoch_that_has_begun_keeps_its_batches(runs: str) -> None:
+    """Another batch size can begin with an epoch (steps of 6), not within one."""
+    every = Checkpoint(every="2 steps", keep=9)
+    whole = job(runs=runs, epochs=1, batch_size=5, checkpoint=every).run(progress=False)
+    assert whole.checkpoints == [0, 2, 4, 6]
+    longer = job(epochs=2, batch_size=10).run(resume=whole, progress=False)
+    assert longer.result["step"] == 6 + 3
+    for step in longer.checkpoints:
+        if step > 4:
+            shutil.rmtree(f"{whole.url}/checkpoints/{step:08d}")
+    with pytest.raises(JobError, match=r"train: batch_size 10 .* began with 5 and 1, and 4 steps"):
+        job(epochs=2, batch_size=10).run(resume=whole, progress=False)

@@ -247,12 +247,12 @@ def test_pyspark() -> None:
     assert doctor.find_pyspark("4.3.0") == Finding("pyspark", "ok", "4.3.0")
     for version in (None, "3.5.1"):
         found = doctor.find_pyspark(version)
-        assert (found.status, found.fix) == ("note", "pip install 'penstock[spark]'")
+        assert (found.status, found.fix) == ("note", "pip install 'pyspark>=4'")
 
 
 FINDINGS = [
     Finding("python", "ok", "3.11.2"),
-    Finding("pyspark", "note", "none [x]", "pip install 'penstock[spark]'" + " and so on" * 20),
+    Finding("pyspark", "note", "none [x]", "pip install 'pyspark>=4'" + " and so on" * 20),
 ]
 
 
@@ -273,7 +273,7 @@ def test_shown_as_a_table_in_a_terminal() -> None:
     assert "\x1b[32mok" in text
     assert "\x1b[33mnote" in text
     assert "none [x]" in text
-    assert "penstock[spark]" in text.replace("\x1b[0m", "")
+    assert "pyspark>=4" in text.replace("\x1b[0m", "")
 
 
 def test_looks_fail_softly(tmp_path: Path) -> None:

@@ -419,9 +419,11 @@ def _installed(distribution: str) -> str | None:
 
 def find_pyspark(version: str | None) -> Finding:
     """`version`: of the installed pyspark, None if there is none."""
-    fix = "pip install 'penstock[spark]'"
+    fix = "pip install 'pyspark>=4'"
     if version is None:
-        return Finding("pyspark", "note", "not installed: only --on spark needs it", fix)
+        return Finding(
+            "pyspark", "note", "not installed: training on this machine does without", fix
+        )
     major = version.partition(".")[0]
     if major.isdigit() and int(major) < 4:
         return Finding("pyspark", "note", f"{version}; Penstock needs 4 or newer", fix)

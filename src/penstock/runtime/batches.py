@@ -38,8 +38,13 @@ class Batch:
 
 @dataclass
 class Cursor:
-    """Where a source stands: the next step of an epoch. All shards move in step."""
+    """Where a source stands: the next step of an epoch. All shards move in step.
 
+    `batch_size` and `accumulate` are those of the loop: they say how far a step has come.
+    """
+
+    batch_size: int
+    accumulate: int
     epoch: int = 0
     step: int = 0
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from penstock.errors import NetworkError, UserError, did_you_mean
+from penstock.errors import JobError, NetworkError, UserError, did_you_mean
 from penstock.exchange import tree
 from penstock.exchange.agreement import Clip, Outcome
 from penstock.exchange.averaging import AveragingAgreement
@@ -251,7 +251,7 @@ class Worker:
         prepared, feed = self._need_prepared(), self._feed(name)
         agreement, own, per_step = prepared.agreement, self.shards, batch_size * accumulate
         steps = feed.steps_per_epoch(per_step)
-        cursor = self._progress.cursors.setdefault(name, Cursor())
+        cursor = self._cursor(name, batch_size, accumulate)
         self._shown = {"source": name, "steps_per_epoch": steps, "epochs": epochs}
         while cursor.epoch < epochs and self.stopped is None:
             self._in_step, self._between_steps = True, False
@@ -442,6 +442,19 @@ class Worker:
             )
         return self._feeds[name]
 
+    def _cursor(self, name: str, batch_size: int, accumulate: int) -> Cursor:
+        """Where the source stands; an epoch that has begun goes on with the same batches."""
+        cursor = self._progress.cursors.setdefault(name, Cursor(batch_size, accumulate))
+        if cursor.step and (cursor.batch_size, cursor.accumulate) != (batch_size, accumulate):
+            raise JobError(
+                f"{name}: batch_size {batch_size} and accumulate {accumulate}; this epoch began "
+                f"with {cursor.batch_size} and {cursor.accumulate}, and {cursor.step} steps of it "
+                "are done",
+                hint="another batch size can begin with an epoch, not within one",
+            )
+        cursor.batch_size, cursor.accumulate = batch_size, accumulate
+        return cursor
+
     def _enter(self, i: int) -> None:
         """The process gets the i-th own shard's random state and buffers."""
         if self._active == i:
@@ -506,7 +519,7 @@ class Worker:
 
     def _send_progress(self) -> None:
         assert self._recorder is not None
-        cursor = self._progress.cursors.get(self._shown.get("source", ""), Cursor())
+        cursor = self._progress.cursors.get(self._shown.get("source", ""), Cursor(0, 0))
         self._send(
             {
                 "event": "progress",
