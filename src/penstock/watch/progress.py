@@ -56,7 +56,7 @@ class PlainDisplay:
     """A line every few seconds and at the end of each epoch."""
 
     def __init__(self) -> None:
-        self._shown_at = 0.0
+        self._shown_at = time.monotonic()
         self._shown_epoch = 0
         self._last: dict[str, Any] | None = None
 
@@ -66,8 +66,9 @@ class PlainDisplay:
     def progress(self, event: dict[str, Any]) -> None:
         now = time.monotonic()
         if event["epoch"] > self._shown_epoch and self._last is not None:
+            ended = self._last | {"step_in_epoch": self._last["steps_per_epoch"]}
             self._shown_epoch = event["epoch"]
-            self._show(event if event["epoch"] >= event["epochs"] else self._last)
+            self._show(event if event["epoch"] >= event["epochs"] else ended)
         elif now - self._shown_at > LINE_EVERY_S:
             self._show(event)
         self._last = event
