@@ -69,16 +69,9 @@ class AveragingAgreement:
             torch.zeros(layout.length, dtype=layout.dtype, device=device)
             for layout in self._layouts
         ]
-        self._gradient_views = self._views(self._gradients)
-        self._flats = [[torch.zeros_like(gradient) for gradient in self._gradients] for _ in own]
-        self._data = [self._views(flats) for flats in self._flats]
-        for data in self._data:
-            for view, p in zip(data, self._parameters, strict=True):
-                view.copy_(p.data)
-        first = optimizer.state
-        self._states: list[State] = [first] + [self._copied(first) for _ in own[1:]]
-        self._place(0)
-
+        self._gradient_views = agreement.gradient_views(
+            self._parameters, self._layouts, self._gradients
+        )
         self._twin = _state_after_a_step(optimizer, self._parameters)
         all_state = [
             (f"{n}/{key}", value)
@@ -94,6 +87,23 @@ class AveragingAgreement:
         self._all_averaged = len(in_state) == len(all_state)
         grouped = by_dtype(numbered + in_state)
         self._exchanged = [Layout.of(g, dtype) for dtype, g in grouped.items()]
+
+        # What is exchanged lies flat: parameters from the start, state as soon as there is some.
+        self._flats = [
+            [torch.zeros(x.length, dtype=x.dtype, device=device) for x in self._exchanged]
+            for _ in own
+        ]
+        self._data = [
+            agreement.gradient_views(self._parameters, self._exchanged, flats)
+            for flats in self._flats
+        ]
+        for data in self._data:
+            for view, p in zip(data, self._parameters, strict=True):
+                view.copy_(p.data)
+        self._state_views = [self._views_of_state(flats) for flats in self._flats]
+        first = optimizer.state
+        self._states: list[State] = [first] + [self._copied(first) for _ in own[1:]]
+        self._place(0)
         self._sums = [
             self._sum(transport, shards, layout.length, layout.dtype, device)
             for layout in self._exchanged
@@ -208,8 +218,17 @@ class AveragingAgreement:
         self._states[i].update(state)
         self._seen[i] = list(seen)
 
-    def _views(self, flats: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return agreement.gradient_views(self._parameters, self._layouts, flats)
+    def _views_of_state(
+        self, flats: Sequence[torch.Tensor]
+    ) -> list[tuple[torch.nn.Parameter, str, torch.Tensor]]:
+        """Parameter, key and place in the flat tensors of each averaged tensor of the state."""
+        return [
+            (self._parameters[int(number)], key, view)
+            for layout, flat in zip(self._exchanged, flats, strict=True)
+            for slot, view in zip(layout.slots, layout.views(flat), strict=True)
+            for number, _, key in [slot.name.partition("/")]
+            if key
+        ]
 
     def _sum(
         self,
@@ -264,22 +283,27 @@ class AveragingAgreement:
         """Fills every own shard's rows with its weighted tensors."""
         for i in range(len(self._own)):
             examples, loss = self._seen[i]
-            for layout, s in zip(self._exchanged, self._sums, strict=True):
-                row = s.row(i)
-                if examples == 0:
-                    row.zero_()
+            if examples:
+                self._lay_flat(i)
+            for flat, s in zip(self._flats[i], self._sums, strict=True):
+                if examples:
+                    torch.mul(flat, examples, out=s.row(i))
                 else:
-                    for slot, view in zip(layout.slots, layout.views(row), strict=True):
-                        torch.mul(self._tensor(i, slot.name), examples, out=view)
+                    s.row(i).zero_()
                 s.header[i, EXAMPLES], s.header[i, LOSS] = examples, loss
                 s.added(i)
 
-    def _tensor(self, i: int, name: str) -> torch.Tensor:
-        number, _, key = name.partition("/")
-        if not key:
-            return self._data[i][int(number)]
-        value: torch.Tensor = self._states[i][self._parameters[int(number)]][key]
-        return value
+    def _lay_flat(self, i: int) -> None:
+        """The i-th own shard's state lies in its flat tensors, where optimizers then update it.
+
+        A tensor that an optimizer made anew, or keeps on another device, is copied.
+        """
+        for p, key, view in self._state_views[i]:
+            value = self._states[i][p][key]
+            if value is not view:
+                view.copy_(value)
+                if value.device == view.device:
+                    self._states[i][p][key] = view
 
     def _exchange(self, stop: bool, save: bool) -> Outcome:
         self._bring()
@@ -289,22 +313,26 @@ class AveragingAgreement:
         totals = [s.finish() for s in self._sums]
         outcome = Outcome.of(self._sums[0].headers)
         if outcome.examples:
-            for layout, total in zip(self._exchanged, totals, strict=True):
-                total.div_(outcome.examples)
-                for slot, view in zip(layout.slots, layout.views(total), strict=True):
-                    for i in range(len(self._own)):
-                        self._adopt(i, slot.name, view)
+            for i in range(len(self._own)):
+                for flat, total in zip(self._flats[i], totals, strict=True):
+                    torch.div(total, outcome.examples, out=flat)
+                self._adopt_state(i)
         self._seen = [[0, 0.0] for _ in self._own]
         self.steps_apart = 0
         return outcome
 
-    def _adopt(self, i: int, name: str, mean: torch.Tensor) -> None:
-        number, _, key = name.partition("/")
-        if key:
-            p = self._parameters[int(number)]
+    def _adopt_state(self, i: int) -> None:
+        """The i-th own shard's state is what its flat tensors hold."""
+        for p, key, view in self._state_views[i]:
             if key not in self._states[i].get(p, {}):  # a shard that has made no step yet
                 self._states[i][p] = copy.deepcopy(self._twin[p])
-        self._tensor(i, name).copy_(mean)
+            value = self._states[i][p][key]
+            if value is view:
+                continue
+            if value.device == view.device:
+                self._states[i][p][key] = view
+            else:
+                value.copy_(view)
 
 
 def _state_after_a_step(
