@@ -89,6 +89,7 @@ def test_what_was_given_arrives(
 
 
 def ranks(transport: Transport) -> tuple[int, int]:
+    transport.barrier()  # gloo: one that ends at once breaks the others' joining
     return transport.rank, transport.world_size
 
 
@@ -159,7 +160,7 @@ def without_rank_1(transport: Transport, name: str, how: str) -> str | None:
         if how == "leaves":
             transport.close()
         else:
-            time.sleep(3)
+            time.sleep(8)
         return None
     began = time.monotonic()
     with pytest.raises(TransportError) as caught:
@@ -186,10 +187,10 @@ def test_a_rank_that_is_killed_is_an_error_for_the_others() -> None:
 
 
 def test_a_rank_that_is_late_is_an_error_for_the_others(group: Group) -> None:
-    told = group(2, partial(without_rank_1, name="all_gather", how="sleeps"), timeout_s=1.0)
+    told = group(2, partial(without_rank_1, name="all_gather", how="sleeps"), timeout_s=4.0)
     assert "all_gather" in told[0]
     if group is in_threads:
-        assert "1.0 s passed; missing ranks [1]" in told[0]
+        assert "4.0 s passed; missing ranks [1]" in told[0]
 
 
 def in_another_order(transport: Transport) -> str:
