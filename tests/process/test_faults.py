@@ -517,25 +517,26 @@ def test_in_a_thread_that_is_not_the_main_one(tmp_path: Path) -> None:
 
 def test_two_runs_at_once_in_one_process(tmp_path: Path) -> None:
     found: dict[str, Run | BaseException] = {}
+    jobs = {  # made here: threads would share the generator that weights are drawn from
+        name: small(optimizer=functools.partial(torch.optim.SGD, lr=lr), epochs=4)
+        for name, lr in (("a", 0.1), ("b", 0.2))
+    }
 
-    def go(name: str, lr: float) -> None:
-        rate = functools.partial(torch.optim.SGD, lr=lr)
+    def go(name: str) -> None:
         try:
-            found[name] = quiet(small(optimizer=rate, epochs=4), tmp_path / name)
+            found[name] = quiet(jobs[name], tmp_path / name)
         except BaseException as error:
             found[name] = error
 
-    threads = [threading.Thread(target=go, args=a) for a in (("a", 0.1), ("b", 0.2))]
+    threads = [threading.Thread(target=go, args=(name,)) for name in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    for name, lr in (("a", 0.1), ("b", 0.2)):
+    for name, job in jobs.items():
         at_once = found[name]
         assert isinstance(at_once, Run), at_once
-        rate = functools.partial(torch.optim.SGD, lr=lr)
-        alone = quiet(small(optimizer=rate, epochs=4), tmp_path / f"{name}-alone")
-        assert digests(at_once) == digests(alone)
+        assert digests(at_once) == digests(quiet(job, tmp_path / f"{name}-alone"))
 
 
 def test_one_run_after_another_with_a_failure_between(tmp_path: Path) -> None:
