@@ -533,10 +533,10 @@ def test_two_runs_at_once_in_one_process(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
-    for name, job in jobs.items():
+    for name, asked in jobs.items():
         at_once = found[name]
         assert isinstance(at_once, Run), at_once
-        assert digests(at_once) == digests(quiet(job, tmp_path / f"{name}-alone"))
+        assert digests(at_once) == digests(quiet(asked, tmp_path / f"{name}-alone"))
 
 
 def test_one_run_after_another_with_a_failure_between(tmp_path: Path) -> None:
