@@ -67,15 +67,6 @@ class Plan:
         """The plan once the network is known; frozen borders of an earlier run stay."""
         return replace(self, borders=borders, parameters=parameters, exchange_bytes=exchange_bytes)
 
-    def differences(self) -> list[str]:
-        """What of this machine differs from where the plan was made: bits may differ there."""
-        here = Plan(1, 1, 0, None, "cpu", {}).versions
-        return [
-            f"{name} was {then}, here {here.get(name)}"
-            for name, then in self.versions.items()
-            if here.get(name) != then
-        ]
-
     def show(self, workers: int) -> str:
         """A few lines for a terminal."""
         shard_rows = {n: m.shard_rows(self.shards) for n, m in self.manifests.items()}
