@@ -6,12 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench format java clean
 
 demo: $(VENV)/.installed
 	$(BIN)/penstock demo
 
-test: check
+test: java check
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.tests-installed
@@ -20,12 +20,22 @@ check: $(VENV)/.tests-installed
 	$(BIN)/mypy
 
 # make bench DATA=folder-of-MNIST; without it the 10,000 images of the package serve.
-bench: $(VENV)/.bench-installed
+bench: java $(VENV)/.bench-installed
 	$(BIN)/python benchmarks/lenet.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/spark.py $(if $(DATA),--data $(DATA))
 
 format: $(VENV)/.tests-installed
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+# Spark runs on Java, in tests and in benchmarks; Penstock itself needs none.
+java:
+	@command -v java >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq openjdk-17-jre-headless; \
+	  else \
+	    echo "pyspark needs Java: apt-get install openjdk-17-jre-headless (as root)" >&2; exit 1; \
+	  fi; }
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -40,12 +50,6 @@ $(VENV)/.tests-installed: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.bench-installed: $(VENV)/.installed
-	@command -v java >/dev/null || { \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && apt-get install -y -qq openjdk-17-jre-headless; \
-	  else \
-	    echo "pyspark needs Java: apt-get install openjdk-17-jre-headless (as root)" >&2; exit 1; \
-	  fi; }
 	$(PIP) --editable '.[bench]'
 	@touch $@
 

@@ -103,7 +103,8 @@ def take_turns(rank: int, data: str | None, turns: int, folder: str, queue: Any)
     x, y = arrays(data)
     x, y = x[rank::WORKERS], y[rank::WORKERS]
     source = feed.mnist(data)
-    transport = TorchTransport("gloo", f"{folder}/rendezvous", rank, WORKERS, 300.0)
+    store = torch.distributed.FileStore(f"{folder}/rendezvous", WORKERS)
+    transport = TorchTransport("gloo", store, rank, WORKERS, 300.0)
     loops = {
         "limit": plain(x, y, lambda network: network),
         "meeting 5": meeting(plain(x, y, lambda network: network), 5, transport),

@@ -42,7 +42,15 @@ def deadline() -> Iterator[None]:
 
 
 @pytest.fixture
-def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def stays() -> Callable[[], set[int]]:
+    """The processes that tests share and that outlive each; a folder's conftest.py says which."""
+    return set
+
+
+@pytest.fixture
+def nothing_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stays: Callable[[], set[int]]
+) -> Iterator[None]:
     """Afterwards no process, shared memory, temporary folder or listening port is left.
 
     The fork server stays, as it does for a driver's life.
@@ -51,12 +59,12 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     looks: dict[str, Callable[[], set[str]]] = {
-        "processes": lambda: {f"{p} {state_of(p)}" for p in descendants()},
+        "processes": lambda: {f"{p} {state_of(p)}" for p in set(descendants()) - stays()},
         "shared memory": lambda: {
             f.name for f in Path("/dev/shm").iterdir() if f.name.startswith(OURS)
         },
         "temporary folders": lambda: {f.name for f in folder.glob("penstock-*")},
-        "listening ports": listening,
+        "listening ports": lambda: listening(set(descendants()) - stays()),
     }
     before = {what: look() for what, look in looks.items()}
     yield
@@ -93,10 +101,10 @@ def state_of(pid: int) -> str:
     return f"{state} {words}"
 
 
-def listening() -> set[str]:
-    """The TCP ports on which this process and its descendants listen."""
+def listening(processes: set[int]) -> set[str]:
+    """The TCP ports on which this process and `processes` listen."""
     sockets = set()
-    for pid in [os.getpid(), *descendants()]:
+    for pid in {os.getpid(), *processes}:
         try:
             for fd in Path(f"/proc/{pid}/fd").iterdir():
                 sockets.add(os.readlink(fd))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from penstock.model import zoo
     from penstock.runtime.callbacks import Callback
     from penstock.runtime.driver import launch
+    from penstock.runtime.place import Spark
     from penstock.runtime.run import Run
     from penstock.runtime.worker import Worker
 
@@ -37,6 +38,7 @@ __all__ = [
     "Events",
     "Job",
     "Run",
+    "Spark",
     "Stop",
     "Worker",
     "errors",
@@ -48,6 +50,7 @@ __all__ = [
 _HOMES = {
     "Callback": "penstock.runtime.callbacks",
     "Run": "penstock.runtime.run",
+    "Spark": "penstock.runtime.place",
     "Worker": "penstock.runtime.worker",
     "launch": "penstock.runtime.driver",
 }

@@ -98,6 +98,9 @@ class Job(Section):
         accumulate: batches whose gradients are summed up to one step.
         precision: of the forward pass: "float32", or "bfloat16" (autocast; parameters and sums
             stay float32).
+        recovery: what happens when a worker is lost: "restart" goes on from the last checkpoint by
+            itself, up to `max_restarts` times; "none" ends the run (it can be resumed).
+        max_restarts: how many losses a run gets over.
         callbacks: objects or functions that the run tells what happens.
         device: "cpu", "cuda", or "auto": a GPU where there is one.
         runs: the folder, on any fsspec URL, in which the run makes its directory.
@@ -128,6 +131,8 @@ class Job(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     evaluate: Evaluate = Field(default=Evaluate(), validate_default=True)
     events: Events = Events()
+    recovery: Literal["restart", "none"] = "restart"
+    max_restarts: Annotated[int, Field(ge=0)] = 3
     callbacks: Annotated[
         tuple[Annotated[InstanceOf[Maker], _maker(CALLBACK)], ...], BeforeValidator(as_tuple)
     ] = ()
@@ -269,7 +274,9 @@ class Job(Section):
         """Train.
 
         Arguments:
-            on: where the workers live: "local" is this machine.
+            on: where the workers live: "local" is this machine; "spark://host:7077", "yarn",
+                "k8s://...", "sc://host:port" or a SparkSession a cluster; `penstock.Spark` says
+                more about one.
             workers: how many, in place of the job's.
             resume: a run, or its directory, to go on from. Its shards, threads and seed stay as
                 they were, and so does its data.

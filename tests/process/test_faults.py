@@ -41,6 +41,7 @@ from penstock.errors import (
     WorkerLost,
 )
 from penstock.runtime.preload import PRELOAD
+from penstock.runtime.store import Store
 
 ROWS = 96
 
@@ -61,6 +62,7 @@ def small(x: Any = None, y: Any = None, **changes: Any) -> Job:
         "workers": 2,
         "threads": 1,
         "checkpoint": {"every": "2 steps", "keep": 100},
+        "max_restarts": 0,
     }
     return Job(**(values | changes))
 
@@ -177,6 +179,22 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss(tmp_path: Path) -> No
             progress=False,
             train=feed.arrays(np.ones((ROWS, 6), np.float32), np.zeros(ROWS)),
         )
+
+
+def test_a_run_directory_that_nodes_do_not_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a worker a folder of another machine looks like one without the plan."""
+    write = Store.write
+
+    def unseen(store: Store, name: str, data: bytes) -> None:
+        if name != "plan.json":
+            write(store, name, data)
+
+    monkeypatch.setattr(Store, "write", unseen)
+    with pytest.raises(RunError, match=r"run is not to be seen from") as caught:
+        quiet(small(), tmp_path / "run")
+    assert "share" in caught.value.hint
 
 
 def test_a_network_that_cannot_be_pickled_is_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from penstock.cluster import local
 from penstock.cluster.launcher import Event, WorkerExited, WorkerOutput, WorkerStarted
-from penstock.cluster.local import LocalLauncher
+from penstock.cluster.local import LocalWorkers
 from penstock.errors import Fault
 from penstock.runtime.preload import PRELOAD
 
@@ -124,7 +124,7 @@ def preload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[s
     local.acquire(modules).close()
 
 
-def drain(launcher: LocalLauncher, seconds: float = 20.0) -> list[Event]:
+def drain(launcher: LocalWorkers, seconds: float = 20.0) -> list[Event]:
     """All events until every worker that was started has ended."""
     events: list[Event] = []
     give_up = time.monotonic() + seconds
@@ -147,7 +147,7 @@ def printed(events: list[Event]) -> dict[int, str]:
     return found
 
 
-def first_line(launcher: LocalLauncher, rank: int) -> str:
+def first_line(launcher: LocalWorkers, rank: int) -> str:
     """Waits for a worker's first line."""
     text = ""
     give_up = time.monotonic() + 20
@@ -165,7 +165,7 @@ def test_workers_get_what_they_are_given_and_their_ends_are_told(
     monkeypatch.setenv("EXTRA", "overridden")
     os.environb[b"ODD"] = b"not utf-8: \xff"
     monkeypatch.chdir(tmp_path)
-    launcher = LocalLauncher(preload, {"EXTRA": "launcher's"})
+    launcher = LocalWorkers(preload, {"EXTRA": "launcher's"})
     launcher.start([b"one ", memoryview(b"payload")], "targets:tell", 2)
     events = drain(launcher)
     launcher.close()
@@ -188,11 +188,11 @@ def test_workers_get_what_they_are_given_and_their_ends_are_told(
 def test_an_environment_longer_than_a_message(
     preload: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launcher = LocalLauncher(preload)
+    launcher = LocalWorkers(preload)
     for number in range(20):  # 1.2 MB: an execve takes no more than 128 kB in one variable
         monkeypatch.setenv(f"LONG{number}", "x" * 60_000)
     launcher.close()
-    launcher = LocalLauncher(preload, {"BIG": "y" * 500_000})
+    launcher = LocalWorkers(preload, {"BIG": "y" * 500_000})
     launcher.start([b""], "targets:tell", 1)
     events = drain(launcher)
     launcher.close()
@@ -200,14 +200,14 @@ def test_an_environment_longer_than_a_message(
 
 
 def test_what_a_worker_raises_and_what_kills_it_is_told(preload: tuple[str, ...]) -> None:
-    launcher = LocalLauncher(preload)
+    launcher = LocalWorkers(preload)
     launcher.start([b""], "targets:raises", 1)
     events = drain(launcher)
     assert ends(events)[0].code == 1
     assert "ValueError: a cause" in printed(events)[0]
     launcher.close()
 
-    launcher = LocalLauncher(preload)
+    launcher = LocalWorkers(preload)
     launcher.start([b""], "targets:aborts", 1)
     events = drain(launcher)
     launcher.close()
@@ -217,7 +217,7 @@ def test_what_a_worker_raises_and_what_kills_it_is_told(preload: tuple[str, ...]
 
 
 def test_kill_ends_one_worker_and_what_it_has_started(preload: tuple[str, ...]) -> None:
-    launcher = LocalLauncher(preload)
+    launcher = LocalWorkers(preload)
     launcher.start([b""], "targets:parent", 2)
     children = {}
     while len(children) < 2:
@@ -235,7 +235,7 @@ def test_kill_ends_one_worker_and_what_it_has_started(preload: tuple[str, ...]) 
 
 @pytest.mark.parametrize("then", ["return", "die"])
 def test_what_a_worker_leaves_behind_ends_with_it(preload: tuple[str, ...], then: str) -> None:
-    launcher = LocalLauncher(preload, {"THEN": then})
+    launcher = LocalWorkers(preload, {"THEN": then})
     launcher.start([b""], "targets:parent", 1)
     child = int(first_line(launcher, 0))
     if then == "die":
@@ -247,7 +247,7 @@ def test_what_a_worker_leaves_behind_ends_with_it(preload: tuple[str, ...], then
 
 
 def test_close_ends_all_and_keeps_the_server(preload: tuple[str, ...]) -> None:
-    launcher = LocalLauncher(preload)
+    launcher = LocalWorkers(preload)
     server = launcher._server.process.pid
     launcher.start([b""], "targets:sleep", 3)
     until(lambda: launcher.poll() is not None and len(launcher._pids) == 3, 20, "all have begun")
@@ -257,7 +257,7 @@ def test_close_ends_all_and_keeps_the_server(preload: tuple[str, ...]) -> None:
     assert time.monotonic() - began < 3
     assert not any(map(alive, pids))
 
-    again = LocalLauncher(preload)
+    again = LocalWorkers(preload)
     assert again._server.process.pid == server
     again.start([b""], "targets:tell", 1)
     assert ends(drain(again))[0].code == 0  # and nothing of the earlier run's ends
@@ -266,14 +266,14 @@ def test_close_ends_all_and_keeps_the_server(preload: tuple[str, ...]) -> None:
 
 
 def test_close_at_once_after_start(preload: tuple[str, ...]) -> None:
-    launcher = LocalLauncher(preload)
+    launcher = LocalWorkers(preload)
     launcher.start([b""], "targets:sleep", 2)
     launcher.close()
     assert len(family(launcher._server.process.pid)) == 1
 
 
 def test_the_end_of_the_server_is_the_end_of_its_workers(preload: tuple[str, ...]) -> None:
-    launcher = LocalLauncher(preload)
+    launcher = LocalWorkers(preload)
     launcher.start([b""], "targets:parent", 2)
     children: dict[int, int] = {}
     while len(children) < 2:
@@ -289,7 +289,7 @@ def test_the_end_of_the_server_is_the_end_of_its_workers(preload: tuple[str, ...
     until(lambda: not any(map(alive, children.values())), 2, "what they have started ends")
     launcher.close()
 
-    again = LocalLauncher(preload)
+    again = LocalWorkers(preload)
     assert again._server is not launcher._server
     again.start([b""], "targets:tell", 1)
     assert ends(drain(again))[0].code == 0
@@ -297,7 +297,7 @@ def test_the_end_of_the_server_is_the_end_of_its_workers(preload: tuple[str, ...
 
 
 def test_a_server_that_cannot_import_says_so(capfd: pytest.CaptureFixture[str]) -> None:
-    launcher = LocalLauncher(("no_such_module_anywhere",))
+    launcher = LocalWorkers(("no_such_module_anywhere",))
     try:
         launcher.start([b""], "targets:tell", 1)
         message = str(ends(drain(launcher))[0])
@@ -317,7 +317,7 @@ def test_a_server_with_a_second_thread_refuses_to_fork(
         "threading.Thread(target=time.sleep, args=(0.5,), daemon=True).start()\n"
     )
     monkeypatch.setenv("PYTHONPATH", search_path(tmp_path))
-    launcher = LocalLauncher(("threaded",))
+    launcher = LocalWorkers(("threaded",))
     try:
         launcher.start([b""], "threaded:none", 1)
         drain(launcher)
@@ -329,7 +329,7 @@ def test_a_server_with_a_second_thread_refuses_to_fork(
 
 def test_two_launchers_at_once_have_a_server_each(preload: tuple[str, ...]) -> None:
     local.warm(preload)
-    one, two = LocalLauncher(preload, {"MINE": "one"}), LocalLauncher(preload, {"MINE": "two"})
+    one, two = LocalWorkers(preload, {"MINE": "one"}), LocalWorkers(preload, {"MINE": "two"})
     assert one._server is not two._server
     for launcher in (one, two):
         launcher.start([b""], "targets:tell", 2)
@@ -348,12 +348,12 @@ def test_a_waiting_server_is_used_and_a_dead_one_is_not(preload: tuple[str, ...]
     waiting = local._idle[preload]
     local.warm(preload)
     assert local._idle[preload] is waiting
-    launcher = LocalLauncher(preload)
+    launcher = LocalWorkers(preload)
     assert launcher._server is waiting
     launcher.close()
     os.kill(waiting.process.pid, signal.SIGKILL)
     waiting.process.wait(5)
-    launcher = LocalLauncher(preload)
+    launcher = LocalWorkers(preload)
     assert launcher._server is not waiting
     launcher.start([b""], "targets:tell", 1)
     assert ends(drain(launcher))[0].code == 0
@@ -361,7 +361,7 @@ def test_a_waiting_server_is_used_and_a_dead_one_is_not(preload: tuple[str, ...]
 
 
 def test_the_fork_server_runs_one_thread_after_its_imports() -> None:
-    launcher = LocalLauncher(PRELOAD)
+    launcher = LocalWorkers(PRELOAD)
     launcher.start([b""], "os:isatty", 1)  # ready once a worker of it has ended
     assert ends(drain(launcher, 60))[0].code == 0
     assert len(os.listdir(f"/proc/{launcher._server.process.pid}/task")) == 1

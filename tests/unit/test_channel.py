@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from penstock import token as proofs
+from penstock.cluster import channel, coordinator
+from penstock.cluster.channel import Channel, Frames, encode
+from penstock.cluster.coordinator import MAX_UNPROVEN_BYTES, Coordinator
 from penstock.errors import TransportError, UserError
-from penstock.exchange import token as proofs
-from penstock.runtime import channel, coordinator
-from penstock.runtime.channel import Channel, Frames, encode
-from penstock.runtime.coordinator import MAX_UNPROVEN_BYTES, Coordinator
 
 TOKEN = proofs.new_token()
+WORKER = {"role": "worker", "rank": 0}
 
 
 @pytest.fixture
@@ -35,19 +36,26 @@ def join(server: Coordinator, rank: int, token: str = TOKEN) -> Channel:
 
     def connect() -> None:
         try:
-            found.append(Channel(server.address, token, rank))
+            found.append(Channel(server.address, token, {"role": "worker", "rank": rank}))
         except TransportError as error:
             found.append(error)
 
     thread = threading.Thread(target=connect)
     thread.start()
+    hello = []
     while thread.is_alive():
-        assert server.poll() == []
+        hello += server.poll()
         thread.join(0.002)
     if isinstance(found[0], TransportError):
         raise found[0]
+    assert [message for _, message in hello] == [{"role": "worker", "rank": rank}]
     assert isinstance(found[0], Channel)
     return found[0]
+
+
+def told(received: list[Any]) -> list[tuple[int, Any]]:
+    """Ranks and messages."""
+    return [(peer.hello["rank"], message) for peer, message in received]
 
 
 def polled(
@@ -58,7 +66,7 @@ def polled(
     while not enough(received) and time.monotonic() < give_up:
         received += server.poll()
         time.sleep(0.001)
-    return received
+    return told(received)
 
 
 def stranger(server: Coordinator, data: bytes = b"") -> socket.socket:
@@ -147,7 +155,7 @@ def test_both_sides_talk_after_the_handshake(server: Coordinator) -> None:
         1_000_000,
         None,
     ]
-    server.send({"do": "stop"})  # rank 1 is gone: no matter
+    server.send_all("worker", {"do": "stop"})  # rank 1 is gone: no matter
     give_up = time.monotonic() + 5
     while not (got := workers[0].receive()):
         assert time.monotonic() < give_up
@@ -164,13 +172,13 @@ def test_one_poll_tells_all_that_a_worker_said_before_it_ended(server: Coordinat
     worker.send(message)
     worker.close()
     time.sleep(0.05)
-    assert server.poll() == [(3, message), (3, None)]
+    assert told(server.poll()) == [(3, message), (3, None)]
 
 
 def test_a_wrong_token_is_refused(server: Coordinator) -> None:
-    with pytest.raises(TransportError, match="rank 0 cannot reach the driver"):
+    with pytest.raises(TransportError, match=r"the worker of rank 0 .*cannot reach the driver"):
         join(server, 0, proofs.new_token())
-    assert server._ranks == {}
+    assert server._numbered == {}
     right = join(server, 0)
     right.send({"event": "fine"})
     assert polled(server, bool) == [(0, {"event": "fine"})]
@@ -191,7 +199,7 @@ def test_a_driver_that_does_not_know_the_token_is_refused() -> None:
         thread = threading.Thread(target=pretend)
         thread.start()
         with pytest.raises(TransportError, match="does not know this run's token"):
-            Channel(listener.getsockname(), TOKEN, 0)
+            Channel(listener.getsockname(), TOKEN, WORKER)
         thread.join(5)
 
 
@@ -227,11 +235,13 @@ GARBAGE = {
     "no JSON": struct.pack(">I", 4) + b"\xff\xfe\x00\x01",
     "deep JSON": struct.pack(">I", 4000) + b"[" * 4000,
     "no object": struct.pack(">I", 2) + b"[]",
-    "no proof": encode({"rank": 0, "challenge": "c"}),
-    "an empty proof": encode({"rank": 0, "challenge": "c", "proof": ""}),
-    "another kind of proof": encode({"rank": 0, "challenge": "c", "proof": {"a": 1}}),
+    "no proof": encode({"role": "worker", "rank": 0, "challenge": "c"}),
+    "an empty proof": encode({"role": "worker", "rank": 0, "challenge": "c", "proof": ""}),
+    "another kind of proof": encode(
+        {"role": "worker", "rank": 0, "challenge": "c", "proof": {"a": 1}}
+    ),
     "many guesses": b"".join(
-        encode({"rank": 0, "challenge": "c", "proof": "x"}) for _ in range(50)
+        encode({"role": "worker", "rank": 0, "challenge": "c", "proof": "x"}) for _ in range(50)
     ),
 }
 
@@ -244,8 +254,7 @@ def test_a_stranger_is_dropped_and_disturbs_nobody(server: Coordinator, what: st
     connection.close()
     worker.send({"event": "fine"})
     assert polled(server, bool) == [(0, {"event": "fine"})]
-    assert list(server._ranks) == [0]
-    assert len(server._peers) == 1
+    assert len(server._numbered) == len(server._peers) == 1
 
 
 def test_strangers_who_hang_up_at_once(server: Coordinator) -> None:
@@ -275,20 +284,61 @@ def test_a_rank_that_is_none(server: Coordinator, rank: Any) -> None:
         except TimeoutError:
             continue
     proof = proofs.proof(TOKEN, "worker", hello[0]["challenge"])
-    connection.sendall(encode({"rank": rank, "proof": proof, "challenge": "c"}))
+    connection.sendall(encode({"role": "worker", "rank": rank, "proof": proof, "challenge": "c"}))
     assert is_dropped(server, connection)
     connection.close()
 
 
-def test_a_rank_that_is_there_already_is_refused(server: Coordinator) -> None:
-    first = join(server, 0)
+@pytest.mark.parametrize("role", ["driver", "", None, ["worker"]])
+def test_a_role_that_is_none(server: Coordinator, role: Any) -> None:
+    """Else the driver's own proof, or that of another role, would do."""
+    connection = stranger(server)
+    connection.settimeout(5)
+    server.poll()
+    challenge = Frames(4096).feed(connection.recv(4096))[0]["challenge"]
+    proof = proofs.proof(TOKEN, str(role), challenge)
+    connection.sendall(encode({"role": role, "rank": 0, "proof": proof, "challenge": "c"}))
+    assert is_dropped(server, connection)
+    connection.close()
+
+
+def test_a_body_follows_its_instruction_however_slowly_it_is_read(server: Coordinator) -> None:
+    """More than the sockets hold goes out as the peer reads; others are served meanwhile."""
+    slow, other = join(server, 0), join(server, 1)
+    first = next(p.number for p in server._numbered.values() if p.hello["rank"] == 0)
+    parts = [bytes([n]) * (3 << 20) for n in range(8)]
+    server.send(first, {"do": "start"}, parts)
+    server.send(first, {"do": "end"})
+    server.send_all("worker", {"do": "stop"})
+    got: list[Any] = []
+    thread = threading.Thread(target=lambda: got.extend(wait_for(slow, 3)))
+    give_up = time.monotonic() + 20
+    assert wait_for(other, 1) == [{"do": "stop"}]
+    thread.start()
+    while thread.is_alive():
+        server.poll()
+        assert time.monotonic() < give_up
+    assert [m["do"] for m in got] == ["start", "end", "stop"]
+    assert bytes(got[0]["body"]) == b"".join(parts)
+
+
+def wait_for(peer: Channel, count: int) -> list[Any]:
+    got: list[Any] = []
+    give_up = time.monotonic() + 20
+    while len(got) < count and time.monotonic() < give_up:
+        got += peer.receive()
+        time.sleep(0.001)
+    return got
+
+
+def test_a_peer_that_is_dropped_or_gone_is_sent_nothing(server: Coordinator) -> None:
+    worker = join(server, 0)
+    number = next(iter(server._numbered))
+    server.drop(number)
+    server.send(number, {"do": "stop"}, [b"x"])
     with pytest.raises(TransportError):
-        join(server, 0)
-    first.send({"event": "still here"})
-    assert polled(server, bool) == [(0, {"event": "still here"})]
-    first.close()
-    assert polled(server, bool) == [(0, None)]
-    assert join(server, 0).receive() == []  # its place is free again
+        forever(worker.receive)
+    assert not server._numbered
 
 
 def test_a_slow_stranger_holds_up_nobody_and_is_dropped_in_the_end(
@@ -330,8 +380,10 @@ def test_a_port_that_is_taken(server: Coordinator) -> None:
 def test_a_driver_that_is_not_there() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
-    with pytest.raises(TransportError, match=r"rank 2 cannot reach the driver at 127\.0\.0\.1"):
-        Channel(address, TOKEN, 2)
+    with pytest.raises(
+        TransportError, match=r"rank 2 on .* cannot reach the driver at 127\.0\.0\.1"
+    ):
+        Channel(address, TOKEN, {"role": "worker", "rank": 2})
 
 
 def test_a_driver_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +391,7 @@ def test_a_driver_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         began = time.monotonic()
         with pytest.raises(TransportError, match="timed out"):
-            Channel(listener.getsockname(), TOKEN, 0)
+            Channel(listener.getsockname(), TOKEN, WORKER)
         assert time.monotonic() - began < 2
 
 

@@ -17,7 +17,7 @@ import torch
 
 from penstock import feed
 from penstock.errors import DataError
-from penstock.feed.parquet import _fill, _Place
+from penstock.feed.columns import Place, fill
 
 LABELS = [0, 1, 2, 3]
 
@@ -213,10 +213,10 @@ def test_a_bad_row_is_named(tmp_path: Path, kind: str, rows_per_group: int) -> N
 
 def test_rows_are_counted_across_the_chunks_of_a_column() -> None:
     out = np.empty(5, np.int64)
-    _fill(out, pa.chunked_array([[1, 2], [], [3, 4, 5]]), _Place("a.parquet", "x", 10))
+    fill(out, pa.chunked_array([[1, 2], [], [3, 4, 5]]), Place("a.parquet", "x", 10))
     assert out.tolist() == [1, 2, 3, 4, 5]
     with pytest.raises(DataError, match="null in row 13"):
-        _fill(out, pa.chunked_array([[1, 2], [], [3, None, 5]]), _Place("a.parquet", "x", 10))
+        fill(out, pa.chunked_array([[1, 2], [], [3, None, 5]]), Place("a.parquet", "x", 10))
 
 
 @pytest.mark.parametrize(

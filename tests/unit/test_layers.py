@@ -15,10 +15,10 @@ import penstock
 
 SOURCE = Path(penstock.__file__).parent
 
-BASE = {"errors", "section", "parts", "spec", "jobfile", "job"}
+BASE = {"errors", "token", "section", "parts", "spec", "jobfile", "job"}
 """Modules directly under the package; their own order is in `ORDER`."""
 
-ORDER = ["errors", "section", "spec", "parts", "jobfile", "job"]
+ORDER = ["errors", "token", "section", "spec", "parts", "jobfile", "job"]
 
 ALLOWED = {
     "model": BASE,

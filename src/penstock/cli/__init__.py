@@ -21,6 +21,7 @@ from penstock.runtime.preload import PRELOAD
 if TYPE_CHECKING:
     from penstock.job import Job
     from penstock.runtime.evaluation import Evaluation
+    from penstock.runtime.place import Spark
     from penstock.runtime.run import Run
 
 __all__ = ["main"]
@@ -49,7 +50,21 @@ def run(
         Path | None,
         typer.Argument(metavar="JOB.yaml", help="What to train; with --resume the run's own."),
     ] = None,
-    on: Annotated[str, typer.Option(help="Where: local, or local:PORT.")] = "local",
+    on: Annotated[
+        str,
+        typer.Option(
+            help="Where: local (or local:PORT), a Spark master such as spark://host:7077, "
+            "yarn or k8s://..., or a Connect server, sc://host:port."
+        ),
+    ] = "local",
+    conf: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Of the Spark session; may be repeated."),
+    ] = None,
+    ship_environment: Annotated[
+        bool,
+        typer.Option(help="Send the nodes of a Spark cluster this whole Python environment."),
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.")] = None,
     overrides: Overrides = None,
     resume: Annotated[
@@ -61,7 +76,8 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train a job."""
-    warm(PRELOAD)  # imports torch for the workers while this process does
+    if on.startswith("local"):
+        warm(PRELOAD)  # imports torch for the workers while this process does
     from penstock.job import Job
     from penstock.runtime.run import Run
 
@@ -73,7 +89,23 @@ def run(
         job = Run(resume).job
     else:
         job = Job.from_yaml(job_file, overrides or [])
-    _train(job, on, workers, resume, run_dir, as_json)
+    _train(job, _place(on, conf or [], ship_environment), workers, resume, run_dir, as_json)
+
+
+def _place(on: str, conf: list[str], ship_environment: bool) -> str | Spark:
+    if not conf and not ship_environment:
+        return on
+    from penstock.runtime.place import Spark
+
+    for pair in conf:
+        if "=" not in pair:
+            raise JobError(
+                f"--conf {pair}: expected KEY=VALUE", hint="--conf spark.executor.memory=4g"
+            )
+    if on.split(":")[0] == "local":
+        raise JobError("--conf and --ship-environment are for Spark", hint="--on spark://host:7077")
+    pairs = [pair.split("=", 1) for pair in conf]
+    return Spark(on, dict(pairs), ship_environment)
 
 
 @app.command()
@@ -125,7 +157,7 @@ def doctor_command(as_json: AsJson = False) -> None:
 
 def _train(
     job: Job,
-    on: str,
+    on: str | Spark,
     workers: int | None,
     resume: str | None,
     run_dir: str | None,

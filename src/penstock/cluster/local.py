@@ -13,20 +13,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from penstock.cluster.forkserver import kill_group
 from penstock.cluster.launcher import (
+    AgentEvent,
+    AgentJoined,
+    AgentReady,
     Event,
+    OfWorker,
     WorkerExited,
     WorkerOutput,
     WorkerStarted,
     how_ended,
 )
-from penstock.errors import Fault
 
 END_S = 5.0
 """How long killed workers may take to be gone."""
+
+READS = 16
+"""How often a worker's output is read in one `poll`, 64 KiB each."""
 
 _idle: dict[tuple[str, ...], LocalServer] = {}
 """The server that waits for the next run, by what it has imported."""
@@ -105,8 +111,8 @@ def close_servers() -> None:
         _idle.popitem()[1].close()
 
 
-class LocalLauncher:
-    """The workers of one run on this machine.
+class LocalWorkers:
+    """Worker processes of one run on this machine.
 
     Arguments:
         preload: modules that the fork server imports once.
@@ -121,46 +127,66 @@ class LocalLauncher:
         self._pids: dict[int, int] = {}
         self._outputs: dict[int, int] = {}  # rank by file descriptor
         self._running: set[int] = set()
+        self._doomed: set[int] = set()
 
     def start(self, payload: Sequence[bytes | memoryview], target: str, workers: int) -> None:
-        file = _in_memory(payload)
+        """Starts ranks 0 to workers - 1, each calling `target` ("module:function") on the payload.
+
+        The function receives the descriptor of a file with the payload's parts, one after the
+        other, that it may map but whose offset it shares with others; it returns an exit code.
+        """
+        file = in_memory(payload)
         try:
             for rank in range(workers):
-                self._start(rank, file, target)
+                self.start_rank(rank, file, target)
         finally:
             os.close(file)
 
-    def _start(self, rank: int, payload: int, target: str) -> None:
+    def start_rank(
+        self,
+        rank: int,
+        payload: int,
+        target: str,
+        environment: Mapping[str, str] | None = None,
+        folder: str | None = None,
+    ) -> None:
+        """Starts one rank on a payload that lies in a file (its descriptor; `in_memory`).
+
+        Where the fork server has ended, as `poll` told, on a new one.
+        """
+        if self._server_ended:
+            self._server = acquire(self._server.preload)
+            self._selector.register(self._server.socket, selectors.EVENT_READ, None)
         read, write = os.pipe2(os.O_CLOEXEC)
         values = {
-            "environment": self._environment | {"PENSTOCK_RANK": str(rank)},
-            "folder": os.getcwd(),
+            "environment": self._environment
+            | {"PENSTOCK_RANK": str(rank)}
+            | dict(environment or {}),
+            "folder": folder or os.getcwd(),
             "target": target,
         }
-        request = _in_memory([json.dumps(values).encode()])  # too long for a message
-        try:
+        request = in_memory([json.dumps(values).encode()])  # too long for a message
+        with contextlib.suppress(OSError):  # the server is gone: `poll` tells, and of this worker
             socket.send_fds(
                 self._server.socket,
                 [json.dumps({"start": rank}).encode()],
                 [request, payload, write],
             )
-        except OSError as error:
-            raise Fault(
-                f"the fork server of this machine is gone: {error}",
-                hint="its message is above; a second try starts a new one",
-            ) from error
-        finally:
-            os.close(request)
-            os.close(write)
+        os.close(request)
+        os.close(write)
         os.set_blocking(read, False)
         self._outputs[read] = rank
         self._selector.register(read, selectors.EVENT_READ, rank)
+        self._pids.pop(rank, None)  # of an earlier generation
         self._running.add(rank)
 
     def filenos(self) -> list[int]:
-        return [self._server.socket.fileno(), *self._outputs]
+        """What to wait on: readable when `poll` has something to tell."""
+        server = [] if self._server_ended else [self._server.socket.fileno()]
+        return [*server, *self._outputs]
 
     def poll(self) -> list[Event]:
+        """What has happened since the last call; does not wait."""
         events: list[Event] = []
         for key, _ in self._selector.select(timeout=0):
             if key.data is None:
@@ -170,11 +196,15 @@ class LocalLauncher:
         return events
 
     def kill(self, rank: int) -> None:
-        if rank in self._running and rank in self._pids:
+        """Kills a worker at once, and all it has started."""
+        if rank in self._running and rank not in self._pids:
+            self._doomed.add(rank)  # as soon as it is told of
+        elif rank in self._running:
             with contextlib.suppress(OSError):  # the server is gone, and its workers with it
                 self._server.socket.send(json.dumps({"kill": self._pids[rank]}).encode())
 
     def close(self) -> None:
+        """Kills all that still run and waits for their end."""
         deadline = time.monotonic() + END_S
         asked: set[int] = set()
         while self._running and self._server.usable and time.monotonic() < deadline:
@@ -190,6 +220,10 @@ class LocalLauncher:
         for fd in list(self._outputs):
             self._close_output(fd)
         self._selector.close()
+
+    @property
+    def _server_ended(self) -> bool:
+        return self._server.socket.fileno() < 0
 
     def _replies(self) -> list[Event]:
         events: list[Event] = []
@@ -217,6 +251,9 @@ class LocalLauncher:
             if "started" in reply:
                 self._pids[rank] = pid
                 events.append(WorkerStarted(rank, pid, socket.gethostname()))
+                if rank in self._doomed:
+                    self._doomed.discard(rank)
+                    self.kill(rank)
             elif self._pids.get(rank) == pid:  # not one of an earlier run
                 self._running.discard(rank)
                 events += self._drain(rank)
@@ -233,7 +270,7 @@ class LocalLauncher:
         if fd not in self._outputs:
             return []
         events: list[Event] = []
-        while True:
+        for _ in range(READS):  # one that prints without end must not hold up the others
             try:
                 data = os.read(fd, 1 << 16)
             except BlockingIOError:
@@ -242,6 +279,7 @@ class LocalLauncher:
                 self._close_output(fd)
                 return events
             events.append(WorkerOutput(self._outputs[fd], data))
+        return events
 
     def _close_output(self, fd: int) -> None:
         self._selector.unregister(fd)
@@ -249,7 +287,70 @@ class LocalLauncher:
         os.close(fd)
 
 
-def _in_memory(parts: Sequence[bytes | memoryview]) -> int:
+class LocalLauncher:
+    """This machine as a launcher: the driver plays all agents; number and rank are the same."""
+
+    where = "on this machine"
+
+    def __init__(self, preload: Sequence[str]) -> None:
+        self._workers = LocalWorkers(preload)
+        self._generations: dict[int, int] = {}
+        self._events: list[AgentEvent | OfWorker] = []
+        self._payload: tuple[int, int] | None = None  # generation and descriptor
+
+    def gather(self, ranks: int) -> None:
+        for rank in range(ranks):
+            self._events += [AgentJoined(rank, rank, 0, socket.gethostname()), AgentReady(rank)]
+
+    def start(
+        self,
+        agent: int,
+        generation: int,
+        payload: Sequence[bytes | memoryview],
+        target: str,
+        environment: Mapping[str, str],
+    ) -> None:
+        if self._payload is None or self._payload[0] != generation:  # one file for all ranks
+            self._forget_payload()
+            self._payload = generation, in_memory(payload)
+        self._generations[agent] = generation
+        self._workers.start_rank(agent, self._payload[1], target, environment)
+
+    def end(self, agent: int) -> None:
+        self._workers.kill(agent)
+
+    def wait(self, agent: int) -> None:
+        raise AssertionError("an agent of this machine has no rival")
+
+    def leave(self, agent: int, reason: str) -> None:
+        self._workers.kill(agent)
+
+    def filenos(self) -> list[int]:
+        return self._workers.filenos()
+
+    def poll(self) -> list[AgentEvent | OfWorker]:
+        events, self._events = self._events, []
+        for event in self._workers.poll():
+            events.append(OfWorker(event.rank, self._generations[event.rank], event))
+        return events
+
+    def preparing(self) -> bool:
+        return False
+
+    def missing(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        self._forget_payload()
+        self._workers.close()
+
+    def _forget_payload(self) -> None:
+        if self._payload is not None:
+            os.close(self._payload[1])
+            self._payload = None
+
+
+def in_memory(parts: Sequence[bytes | memoryview]) -> int:
     """A file in memory with these parts, to be read from its beginning."""
     file = os.memfd_create("penstock")
     with open(os.dup(file), "wb") as stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ class TorchTransport:
 
     Arguments:
         backend: of torch.distributed: "gloo", or "cpu:gloo,cuda:nccl" where every rank has a GPU.
-        store_path: a file that all ranks can reach and that did not exist before.
+        store: a torch.distributed Store, in which the ranks find each other.
         timeout_s: how long a collective may wait for a peer.
 
     Raises:
@@ -24,7 +25,7 @@ class TorchTransport:
     """
 
     def __init__(
-        self, backend: str, store_path: str, rank: int, world_size: int, timeout_s: float
+        self, backend: str, store: Any, rank: int, world_size: int, timeout_s: float
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -32,9 +33,7 @@ class TorchTransport:
         try:
             dist.init_process_group(
                 backend,
-                store=dist.FileStore(  # type: ignore[attr-defined]
-                    store_path, world_size
-                ),
+                store=store,
                 rank=rank,
                 world_size=world_size,
                 timeout=datetime.timedelta(seconds=timeout_s),

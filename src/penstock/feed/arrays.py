@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from penstock.errors import DataError, did_you_mean
@@ -175,6 +174,8 @@ def _gather(columns: Columns, rows: NDArray[np.int64]) -> Any:
         return tuple(_gather(array, rows) for array in columns)
     if isinstance(columns, dict):
         return {name: _gather(array, rows) for name, array in columns.items()}
+    import torch
+
     return torch.from_numpy(columns.take(rows, axis=0))
 
 
@@ -199,6 +200,8 @@ def _columns(name: str, given: Any) -> Columns:
 
 def _array(name: str, given: Any) -> NDArray[Any]:
     """As a C-contiguous array in native byte order, of a dtype that torch knows."""
+    import torch
+
     try:
         array = given.detach().cpu().numpy() if torch.is_tensor(given) else np.asarray(given)
         array = array.astype(array.dtype.newbyteorder("="), copy=False)

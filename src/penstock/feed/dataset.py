@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import IterableDataset, default_collate
 
 from penstock.errors import DataError
 from penstock.feed.arrays import record_ids
@@ -27,6 +25,8 @@ def dataset(torch_map_style_dataset: Any) -> Source:
         DataError: the object is not such a dataset; from `manifest()` when record 0 is not such a
             pair; from `take()` for a record that cannot be read or does not fit the others.
     """
+    from torch.utils.data import IterableDataset
+
     kind = type(torch_map_style_dataset).__name__
     if isinstance(torch_map_style_dataset, IterableDataset):
         raise DataError(
@@ -87,6 +87,8 @@ def _empty(batch: Tensors) -> Tensors:
 
 
 def _collate(records: Any, ids: list[int]) -> tuple[Tensors, Tensors]:
+    from torch.utils.data import default_collate
+
     pairs = [_pair(records, i) for i in ids]
     try:
         x, y = (default_collate([pair[half] for pair in pairs]) for half in (0, 1))
@@ -115,6 +117,8 @@ def _pair(records: Any, i: int) -> tuple[Any, Any]:
 
 def _misfit(ids: list[int], pairs: list[tuple[Any, Any]], error: Exception) -> DataError:
     """Names the first record that cannot be collated, by itself or with the first of the batch."""
+    from torch.utils.data import default_collate
+
     for i, pair in zip(ids, pairs, strict=True):
         try:
             default_collate([pairs[0], pair])
@@ -129,11 +133,13 @@ def _misfit(ids: list[int], pairs: list[tuple[Any, Any]], error: Exception) -> D
 
 def _tensors(half: str, batch: Any, i: int) -> Tensors:
     """`default_collate` gives a list for a tuple, and strings as they are."""
+    from torch import Tensor
+
     if isinstance(batch, list):
         batch = tuple(batch)
     values = list(batch.values()) if isinstance(batch, dict) else batch
     leaves = values if isinstance(values, (tuple, list)) else (values,)
-    if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
         raise DataError(
             f"dataset: the {half} of record {i} are not numbers, arrays or tensors, nor a tuple or "
             "dict of those",

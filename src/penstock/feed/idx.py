@@ -18,10 +18,9 @@ import urllib.request
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from penstock.errors import DataError, did_you_mean
@@ -29,6 +28,9 @@ from penstock.feed.arrays import rows_of
 from penstock.feed.files import contents, locate, opened
 from penstock.feed.manifest import Manifest, Partition, Piece
 from penstock.feed.source import Records, Source
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
@@ -146,6 +148,8 @@ class MnistRecords:
         return len(self._labels)
 
     def take(self, rows: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
         images = torch.from_numpy(self._images.take(rows, axis=0))
         labels = torch.from_numpy(self._labels.take(rows))
         return images.to(torch.float32).mul_(1 / 255), labels

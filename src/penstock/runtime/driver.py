@@ -1,59 +1,39 @@
-"""The driver of a run: decides, starts the workers, listens until they end, writes the result."""
+"""The driver of a run: decides, has its agents start the workers, and writes how it ended."""
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
-import os
-import select
-import signal
-import socket
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from penstock import errors
-from penstock.cluster.launcher import Launcher, WorkerExited, WorkerOutput, WorkerStarted
-from penstock.cluster.local import LocalLauncher, warm
-from penstock.errors import (
-    DataError,
-    Interrupted,
-    JobError,
-    PenstockError,
-    RunError,
-    WorkerFailed,
-    WorkerLost,
-)
+from penstock.cluster.coordinator import Coordinator
+from penstock.errors import JobError, RunError
 from penstock.exchange.agreement import Clip
-from penstock.exchange.token import new_token
-from penstock.feed import Source
+from penstock.feed import Manifest, Source
+from penstock.feed.dataframe import DataFrameSource, SpooledSource, manifest_of
+from penstock.feed.packing import SpooledPartition
 from penstock.job import AllReduce, Averaging, Job
 from penstock.plan import Plan
 from penstock.runtime import entry, loop, payload
 from penstock.runtime.checkpoint import latest
-from penstock.runtime.coordinator import Coordinator
+from penstock.runtime.decisions import Wanted, check_unchanged, decide, decided, new_directory
 from penstock.runtime.entry import Assignment
-from penstock.runtime.logs import Logs
-from penstock.runtime.preload import PRELOAD, TARGET
+from penstock.runtime.membership import Membership
+from penstock.runtime.place import Asked, Here, OnSpark, at
 from penstock.runtime.run import Run
 from penstock.runtime.store import Store
+from penstock.runtime.supervisor import Payload, Supervisor
 from penstock.runtime.worker import Settings, Worker
-from penstock.watch.progress import Display, display
+from penstock.token import new_token
+from penstock.watch.progress import display
 
-START_S = 60.0
-"""How long workers may take until all have joined."""
 STOP_S = 4.0
 """How long workers may take to end after a stop was asked for, checkpoint included."""
-GRACE_S = 1.0
-"""How long to wait for the cause after a worker lost its peers."""
 TIMEOUT_S = 300.0
 """How long a collective waits for a peer."""
 
@@ -78,7 +58,7 @@ def run_job(
         histograms_every=job.events.histograms_every,
         clip=Clip() if job.clip is None else Clip(job.clip.norm, job.clip.value),
     )
-    wanted = _Wanted(
+    wanted = Wanted(
         name=job.name,
         shards=job.shards if workers is None or "shards" in job.model_fields_set else workers,
         threads=job.threads,
@@ -86,6 +66,7 @@ def run_job(
         device=job.device,
         job_yaml=job.to_yaml(),
         runs=job.runs,
+        max_restarts=job.max_restarts if job.recovery == "restart" else 0,
     )
     return _run(
         functools.partial(loop.train, job),
@@ -117,6 +98,7 @@ def launch(
     device: str = "auto",
     runs: str = "runs",
     name: str | None = None,
+    max_restarts: int = 3,
     resume: Any = None,
     run_dir: str | None = None,
     progress: bool = True,
@@ -128,7 +110,7 @@ def launch(
         function: called with a `Worker` in every worker process.
         sources: what `worker.batches(name)` and `worker.evaluate(name)` read, by name.
         keep: how many of the newest checkpoints stay.
-        on, workers, shards, threads, seed, strategy, device, runs: as in `Job`.
+        on, workers, shards, threads, seed, strategy, device, runs, max_restarts: as in `Job`.
         resume: a run, or its directory, to go on from.
         run_dir: the run's directory; default a new one in `runs`.
         progress: whether to show how the run goes on standard error.
@@ -145,7 +127,7 @@ def launch(
     chosen = AllReduce() if strategy is None else strategy
     settings = Settings(chosen, keep=keep, histograms_every=histograms_every, clip=clip or Clip())
     word = name or getattr(function, "__name__", "run").strip("<>")
-    wanted = _Wanted(
+    wanted = Wanted(
         name=word,
         shards=shards or workers,
         threads=threads,
@@ -153,30 +135,18 @@ def launch(
         device=device,
         job_yaml=f"# An own loop, not a Job: {getattr(function, '__module__', '')}:{word}\n",
         runs=runs,
+        max_restarts=max_restarts,
     )
     return _run(
         function, dict(sources), settings, wanted, on, workers, resume, run_dir, progress, None
     )
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What is asked for before anything is decided."""
-
-    name: str
-    shards: int
-    threads: int | None
-    seed: int
-    device: str
-    job_yaml: str
-    runs: str
-
-
 def _run(
     function: Callable[[Worker], None],
     sources: dict[str, Source],
     settings: Settings,
-    wanted: _Wanted,
+    wanted: Wanted,
     on: Any,
     workers: int,
     resume: Any,
@@ -185,360 +155,151 @@ def _run(
     job: Job | None,
 ) -> Run:
     began = time.perf_counter()
-    port = _local_port(on)
-    warm(PRELOAD)  # imports while we look at the data
-    manifests = {name: source.manifest() for name, source in sources.items()}
-    if resume is None:
-        store = Store(run_dir or _new_directory(wanted))
-        if Store(store.url).exists("plan.json"):
-            raise RunError(f"{store.url} is a run already", hint=f"--resume {store.url}")
-        plan, resume_step = _decide(wanted, settings, manifests, workers), None
-    else:
-        store = Store(resume.url if isinstance(resume, Run) else str(resume))
-        plan, resume_step = _decided(store, settings, manifests)
-    if workers > plan.shards:
-        raise JobError(
-            f"{workers} workers for {plan.shards} shards",
-            hint=f"a run's shards are fixed; at most {plan.shards} workers",
-        )
-    _check_devices(plan, workers)
-    token = new_token()
-    coordinator = Coordinator(token, port=port)
-    with tempfile.TemporaryDirectory(prefix="penstock-") as folder:
-        assignment = Assignment(
+    with ExitStack() as stack:
+        place = at(on, wanted.name, workers)
+        stack.callback(place.close)
+        frames = {n: s for n, s in sources.items() if isinstance(s, DataFrameSource)}
+        place.check(frames, workers, wanted.device)
+        manifests = {name: s.manifest() for name, s in sources.items() if name not in frames}
+        plan: Plan | None = None
+        resume_step: int | None = None
+        if resume is None:
+            store = Store(run_dir or new_directory(wanted))
+            if store.exists("plan.json"):
+                raise RunError(f"{store.url} is a run already", hint=f"--resume {store.url}")
+        else:
+            store = Store(resume.url if isinstance(resume, Run) else str(resume))
+            plan, resume_step = decided(store, settings)
+            check_unchanged(plan, manifests)
+        shards = wanted.shards if plan is None else plan.shards
+        if workers > shards:
+            raise JobError(
+                f"{workers} workers for {shards} shards",
+                hint=f"a run's shards are fixed; at most {shards} workers",
+            )
+        token, shown = new_token(), display(progress)
+        coordinator = Coordinator(token, host=place.address[0], port=place.address[1])
+        stack.callback(coordinator.close)
+        spooled = {n: s.spooled(n, i) for i, (n, s) in enumerate(frames.items())}
+        generations = _Generations(
             function,
-            plan,
-            sources,
+            {**sources, **spooled},
             settings,
+            wanted,
             workers,
-            _absolute(store.url),
+            place,
+            store,
+            manifests,
+            plan,
             resume_step,
-            os.path.join(folder, "rendezvous"),
-            TIMEOUT_S,
+            entry.head(coordinator.address, token, place.search_path),
+        )
+        generations.rehearse()
+        store.write("job.yaml", wanted.job_yaml.encode())
+        asked = Asked(
+            wanted.name, _absolute(store.url), workers, shards, wanted.device, frames, token
+        )
+        launcher = stack.enter_context(place.opened(asked, shown.line))
+        membership = Membership(
+            workers,
+            max_restarts=wanted.max_restarts,
+            gather_s=place.gather_s,
+            regather_s=place.regather_s,
+            stop_s=STOP_S,
+            now_s=time.monotonic(),
+        )
+        supervisor = Supervisor(
+            launcher,
+            coordinator,
+            membership,
+            place.admit,
+            generations.next,
+            store,
+            workers,
+            shown,
+            began,
+        )
+        supervisor.shown.line(
+            f"{wanted.name}  {_workers(workers)} {launcher.where}, {_words(settings.strategy)}"
+            + ("" if resume_step is None else f", resumed after step {resume_step}")
         )
         try:
-            packed = payload.pack(entry.head(coordinator.address, token), assignment)
-            store.write("job.yaml", wanted.job_yaml.encode())
-            store.write("plan.json", json.dumps(plan.to_dict(), indent=1).encode())
-            launcher = LocalLauncher(PRELOAD, {"GLOO_SOCKET_IFNAME": "lo"})
-            watched = _Watch(coordinator, launcher, store, workers, display(progress), began)
-            watched.shown.line(
-                f"{wanted.name}  {_workers(workers)} on this machine, {_words(settings.strategy)}"
-                + ("" if resume_step is None else f", resumed after step {resume_step}")
-            )
-            try:
-                launcher.start(packed, TARGET, workers)
-                watched.until_all_ended()
-            finally:
-                try:
-                    watched.close()
-                finally:
-                    launcher.close()
+            supervisor.run()
         finally:
-            coordinator.close()
-    watched.write_result(resume_step)
-    if watched.error is not None:
-        raise watched.error
+            supervisor.close()
+        supervisor.write_result(resume_step)
+    if supervisor.error is not None:
+        raise supervisor.error
     return Run(store.url, job)
 
 
 @dataclass
-class _Watch:
-    """Listens to the workers of one run, and decides when it has ended."""
+class _Generations:
+    """What the workers of each generation run: the same plan, from the last checkpoint on."""
 
-    coordinator: Coordinator
-    launcher: Launcher
-    store: Store
+    function: Callable[[Worker], None]
+    sources: dict[str, Source]
+    settings: Settings
+    wanted: Wanted
     workers: int
-    shown: Display
-    began: float
-    error: PenstockError | None = None
-    stopped: str | None = None
-    evaluation: dict[str, Any] | None = None
-    progress: dict[str, Any] = field(default_factory=dict)
-    checkpointed: int | None = None
-    first_step_s: float | None = None
+    place: Here | OnSpark
+    store: Store
+    manifests: dict[str, Manifest]
+    plan: Plan | None
+    resume_step: int | None
+    head: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        self._logs = Logs(self.store)
-        self._running = set(range(self.workers))
-        self._finished: set[int] = set()
-        self._failures: dict[int, dict[str, Any]] = {}
-        self._joined: set[int] = set()
-        self._verdict_at: float | None = None
-        self._interrupts = 0
-        self._stop_by: float | None = None
+    def rehearse(self) -> None:
+        """What can be found wrong before anything starts is."""
+        payload.pack(self.head, {"function": self.function, **self.sources})
 
-    def until_all_ended(self) -> None:
-        """Returns when no worker is needed any more; `error` says whether that is a failure."""
-        start_by = time.monotonic() + START_S
-        with self._interrupts_counted():
-            while self._running and self.error is None:
-                self._wait()
-                with self._writing():
-                    for event in self.launcher.poll():
-                        self._of_process(event)
-                    for rank, message in self.coordinator.poll():
-                        if message is not None:
-                            self._of_worker(rank, message)
-                self._judge()
-                if len(self._joined) < self.workers and time.monotonic() > start_by:
-                    missing = sorted(set(range(self.workers)) - self._joined)
-                    self.error = WorkerLost(
-                        f"ranks {missing} did not join within {START_S:.0f} s",
-                        hint=f"their output is in {self.store.url}/logs",
-                    )
+    def next(
+        self, reports: Mapping[int, Any], facts: Mapping[int, Mapping[str, Any]]
+    ) -> tuple[Payload, dict[str, str]]:
+        """The next generation's payload, and variables for its environment.
 
-    def close(self) -> None:
-        """Takes what workers have printed last, ends the display, writes the logs."""
-        with self._writing():
-            for event in self.launcher.poll():
-                self._of_process(event)
-        self.shown.close()
-        with self._writing():
-            self._logs.close()
-
-    def write_result(self, resumed_from: int | None) -> None:
-        """Writes result.json."""
-        status = "failed" if self.error else "stopped" if self.stopped else "finished"
-        if isinstance(self.error, Interrupted):
-            status = "interrupted"
-        result = {
-            "status": status,
-            "stopped": self.stopped,
-            "error": None if self.error is None else str(self.error),
-            "workers": self.workers,
-            "resumed_from": resumed_from,
-            "checkpoint": self.checkpointed,
-            "seconds": round(time.perf_counter() - self.began, 3),
-            "seconds_to_first_step": self.first_step_s,
-            "evaluation": self.evaluation,
-            **{k: self.progress.get(k) for k in ("step", "epoch", "examples", "loss")},
-        }
-        with self._writing():
-            self.store.write("result.json", json.dumps(result, indent=1).encode())
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """What cannot be written ends the run, unless something else has ended it before."""
-        try:
-            yield
-        except RunError as error:
-            self.error = self.error or error
-
-    def _wait(self) -> None:
-        files = [self.coordinator.fileno(), *self.launcher.filenos()]
-        select.select(files, [], [], 0.2)
-
-    def _of_process(self, event: WorkerStarted | WorkerOutput | WorkerExited) -> None:
-        if isinstance(event, WorkerOutput):
-            for line in self._logs.write(event.rank, event.data):
-                self.shown.output(event.rank, line)
-        elif isinstance(event, WorkerExited):
-            for rank, message in self.coordinator.poll():  # what it said before it ended
-                if message is not None:
-                    self._of_worker(rank, message)
-            self._running.discard(event.rank)
-            told = event.rank in self._finished or event.rank in self._failures
-            if not told and self.error is None:
-                self.error = self._lost(event)
-
-    def _of_worker(self, rank: int, message: dict[str, Any]) -> None:
-        self._joined.add(rank)
-        what = message.get("event")
-        if what == "prepared":
-            plan = Plan.from_dict(message["plan"])
-            self.store.write("plan.json", json.dumps(plan.to_dict(), indent=1).encode())
-            for n, line in enumerate(plan.show(self.workers).splitlines()):
-                self.shown.line(f"{'plan' if n == 0 else '    '}  {line}")
-        elif what == "progress":
-            if self.first_step_s is None:
-                self.first_step_s = round(time.perf_counter() - self.began, 3)
-            self.progress = {k: _number(v) for k, v in message.items()}
-            self.shown.progress(self.progress)
-        elif what == "evaluated":
-            self.evaluation = message["evaluation"]
-            values = self.evaluation["metrics"]
-            names = [n for n in values if not n.startswith(("micro_", "weighted_"))][:4]
-            words = "  ".join(f"{n.replace('_', ' ')} {float(values[n]):.4f}" for n in names)
-            self.shown.line(f"step {message['step']:,}  {message['source']}: {words}")
-        elif what == "checkpointed":
-            self.checkpointed = message["step"]
-        elif what == "finished":
-            self._finished.add(rank)
-            self.stopped = message["stopped"]
-        elif what == "failed":
-            self._failures[rank] = message
-
-    def _judge(self) -> None:
-        """Finds what to blame, and whether to wait any longer."""
-        now = time.monotonic()
-        if self.error is None and self._failures:
-            causes = {r: m for r, m in self._failures.items() if not m["consequence"]}
-            if causes:
-                rank = min(causes)
-                self.error = self._failed(rank, causes[rank])
-            else:  # the cause may still be on its way
-                self._verdict_at = self._verdict_at or now + GRACE_S
-                if now > self._verdict_at or not self._running:
-                    rank = min(self._failures)
-                    self.error = self._failed(rank, self._failures[rank])
-        if self._interrupts and self._stop_by is None:
-            self.shown.line("stopping: writing a checkpoint (Ctrl-C again to stop at once)")
-            self.coordinator.send({"do": "stop"})
-            self._stop_by = now + STOP_S
-        over = self._stop_by is not None and (now > self._stop_by or self._interrupts > 1)
-        if self._stop_by is not None and (over or not self._running) and self.error is None:
-            step = self.checkpointed
-            at = "without a checkpoint" if step is None else f"with a checkpoint at step {step:,}"
-            self.error = Interrupted(f"stopped {at}", hint=self._how_to_resume())
-
-    def _failed(self, rank: int, message: dict[str, Any]) -> PenstockError:
-        kind = getattr(errors, message["kind"], None) if message["ours"] else None
-        if kind is None:
-            return WorkerFailed(
-                f"rank {rank} raised {message['kind']}: {message['message']}\n"
-                f"{message['traceback'].rstrip()}{self._last_words(rank)}",
-                hint=self._how_to_resume(),
-            )
-        error: PenstockError = kind(f"rank {rank}: {message['message']}", hint=message["hint"])
-        return error
-
-    def _lost(self, event: WorkerExited) -> PenstockError:
-        step = self.progress.get("step")
-        at = f" after step {step:,}" if step else ""
-        process = f"process {event.pid} on " if event.pid else ""
-        return WorkerLost(
-            f"rank {event.rank} ({process}{socket.gethostname()}) {event}{at}"
-            f"{self._last_words(event.rank)}",
-            hint=(
-                "the kernel may have ended it for want of memory (dmesg); "
-                if event.signal == 9
-                else ""
-            )
-            + self._how_to_resume(),
+        Arguments:
+            reports: what each rank's agent has spooled.
+            facts: of its node.
+        """
+        manifests = self.manifests | self._spooled(reports)
+        device, backend = self.place.devices(facts)
+        if self.plan is None:
+            threads = self.place.threads(self.wanted.shards)
+            self.plan = decide(self.wanted, self.settings, manifests, threads, device)
+        else:
+            check_unchanged(self.plan, manifests)
+            saved = latest(self.store)
+            self.resume_step = None if saved is None else saved.step
+            if saved is not None:
+                self.plan = Plan.from_dict(saved.json()["plan"])
+        self.store.write("plan.json", json.dumps(self.plan.to_dict(), indent=1).encode())
+        assignment = Assignment(
+            self.function,
+            self.plan,
+            self.sources,
+            self.settings,
+            self.workers,
+            _absolute(self.store.url),
+            self.resume_step,
+            backend,
+            TIMEOUT_S,
         )
+        return payload.pack(self.head, assignment), self.place.environment(self.plan.threads)
 
-    def _last_words(self, rank: int) -> str:
-        lines = self._logs.last(rank)
-        return (
-            "\n  its last output:\n" + "\n".join(f"    {line}" for line in lines) if lines else ""
-        )
-
-    def _how_to_resume(self) -> str:
-        if self.checkpointed is None and latest(self.store) is None:
-            return "there is no checkpoint yet: run it again"
-        return f"to go on from the last checkpoint: --resume {self.store.url}"
-
-    @contextmanager
-    def _interrupts_counted(self) -> Iterator[None]:
-        """Meanwhile Ctrl-C and SIGTERM ask to stop, instead of raising wherever we are."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def count(number: int, frame: object) -> None:
-            self._interrupts += 1
-
-        before = {s: signal.signal(s, count) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _local_port(on: Any) -> int:
-    """The port of "local" (any) or "local:PORT"."""
-    if isinstance(on, str):
-        kind, _, port = on.partition(":")
-        if kind == "local" and (not port or port.isdigit()):
-            return int(port or 0)
-    raise JobError(
-        f"on={on!r}: expected 'local' or 'local:PORT'",
-        hint=errors.did_you_mean(str(on), ["local"]) or "this version trains on this machine",
-    )
-
-
-def _decide(
-    wanted: _Wanted, settings: Settings, manifests: Mapping[str, Any], workers: int
-) -> Plan:
-    """The decisions of a new run."""
-    device = wanted.device
-    if device == "auto":
-        there = torch.cuda.is_available() and torch.cuda.device_count() >= workers
-        device = "cuda" if there else "cpu"
-    cores = len(os.sched_getaffinity(0))
-    strategy = settings.strategy
-    return Plan(
-        shards=wanted.shards,
-        threads=wanted.threads or max(1, cores // wanted.shards),
-        seed=wanted.seed,
-        strategy={type(strategy).__name__.lower(): strategy.model_dump()},
-        device=device,
-        manifests=dict(manifests),
-    )
-
-
-def _decided(
-    store: Store, settings: Settings, manifests: Mapping[str, Any]
-) -> tuple[Plan, int | None]:
-    """The decisions of the run that is resumed, and its last checkpoint."""
-    run = Run(store.url)
-    saved = latest(store)
-    if saved is None and not store.exists("plan.json"):
-        raise RunError(
-            f"{store.url} has neither a plan nor a checkpoint: its run ended before it began",
-            hint="run it again without resume",
-        )
-    plan = run.plan if saved is None else Plan.from_dict(saved.json()["plan"])
-    for name, manifest in manifests.items():
-        recorded = plan.manifests.get(name)
-        if recorded is None or recorded.fingerprint != manifest.fingerprint:
-            was = "none" if recorded is None else f"{recorded.rows:,} records"
-            raise DataError(
-                f"{name} has changed since the run began: {manifest.rows:,} records in "
-                f"{len(manifest.partitions)} partitions, {was} then",
-                hint="give the data that it began with, or begin a new run",
-            )
-    now = {type(settings.strategy).__name__.lower(): settings.strategy.model_dump()}
-    if now != plan.strategy:
-        raise JobError(
-            f"strategy: {now}, and the run began with {plan.strategy}",
-            hint="a run keeps its strategy; begin a new one",
-        )
-    return plan, None if saved is None else saved.step
-
-
-def _check_devices(plan: Plan, workers: int) -> None:
-    if plan.device != "cuda":
-        return
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count < workers:
-        raise JobError(
-            f"device: cuda, and this machine has {count} GPUs for {workers} workers",
-            hint="fewer workers, or device: cpu",
-        )
-
-
-def _new_directory(wanted: _Wanted) -> str:
-    """A folder in `runs` that does not exist yet."""
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    runs = Store(wanted.runs)
-    name, count = f"{wanted.name}-{now}", 1
-    while runs.exists(name):
-        count += 1
-        name = f"{wanted.name}-{now}-{count}"
-    return f"{wanted.runs.rstrip('/')}/{name}"
+    def _spooled(self, reports: Mapping[int, Any]) -> dict[str, Manifest]:
+        """The manifests of the DataFrames, by what the agents say they have."""
+        found = {}
+        for name, source in self.sources.items():
+            if isinstance(source, SpooledSource):
+                everything: list[SpooledPartition] = [p for r in reports.values() for p in r]
+                mine = [part for part in everything if part["source"] == source.number]
+                found[name] = manifest_of(name, mine)
+        return found
 
 
 def _absolute(url: str) -> str:
     return url if "://" in url else str(Path(url).absolute())
-
-
-def _number(value: Any) -> Any:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and value != value else value
 
 
 def _words(strategy: AllReduce | Averaging) -> str:

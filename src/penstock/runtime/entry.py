@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,15 +13,16 @@ from typing import Any
 
 import torch
 
-from penstock.errors import PenstockError, TransportError
+from penstock.cluster.channel import Channel, Message
+from penstock.errors import PenstockError, RunError, TransportError
 from penstock.exchange.loopback import loopback
 from penstock.exchange.torch_transport import TorchTransport
 from penstock.exchange.transport import Transport
 from penstock.feed import Source
 from penstock.plan import Plan
-from penstock.runtime.channel import Channel
 from penstock.runtime.checkpoint import Checkpoint
 from penstock.runtime.payload import Payload
+from penstock.runtime.rendezvous import Rendezvous, interface_of
 from penstock.runtime.shards import seed
 from penstock.runtime.store import Store
 from penstock.runtime.worker import Interrupt, Settings, Worker
@@ -37,7 +39,7 @@ class Assignment:
         workers: their number.
         run_url: the run directory.
         resume_step: the checkpoint to go on from, or None.
-        store_path: a file for the rendezvous of the process group.
+        backend: of torch.distributed for tensors on GPUs: "nccl", or "gloo" where workers share.
         timeout_s: how long a collective may wait for a peer.
     """
 
@@ -48,16 +50,18 @@ class Assignment:
     workers: int
     run_url: str
     resume_step: int | None
-    store_path: str
+    backend: str
     timeout_s: float
 
 
 def main(fd: int) -> int:
     """A worker's life. Returns its exit code; the driver has been told why by then."""
-    rank = int(os.environ["PENSTOCK_RANK"])
+    rank, generation = int(os.environ["PENSTOCK_RANK"]), int(os.environ["PENSTOCK_GENERATION"])
     packed = Payload(fd)
-    sys.path[:] = packed.head["search_path"]
-    channel = Channel(tuple(packed.head["address"]), packed.head["token"], rank)
+    if packed.head["search_path"] is not None:
+        sys.path[:] = packed.head["search_path"]
+    hello = {"role": "worker", "rank": rank, "generation": generation}
+    channel = Channel(tuple(packed.head["address"]), packed.head["token"], hello)
     try:
         assignment: Assignment = packed.load()
         stopped = _work(assignment, rank, channel)
@@ -68,16 +72,36 @@ def main(fd: int) -> int:
     return 0
 
 
-def head(address: tuple[str, int], token: str) -> dict[str, Any]:
-    """What a worker must know before it can load its assignment."""
-    return {"address": address, "token": token, "search_path": sys.path}
+def head(
+    address: tuple[str, int], token: str, search_path: list[str] | None = None
+) -> dict[str, Any]:
+    """What a worker must know before it can load its assignment.
+
+    Arguments:
+        address, token: of the driver.
+        search_path: where modules are; None: where the worker's own Python finds them.
+    """
+    return {"address": address, "token": token, "search_path": search_path}
 
 
 def _work(job: Assignment, rank: int, channel: Channel) -> str | None:
     torch.set_num_threads(job.plan.threads)
     store = Store(job.run_url)
+    if not store.exists("plan.json"):
+        raise RunError(
+            f"the run directory {job.run_url} is not to be seen from {socket.gethostname()}",
+            hint="runs: a folder that all nodes share, or a URL such as hdfs://... or s3://...",
+        )
     saved = None if job.resume_step is None else Checkpoint(store, job.resume_step)
-    transport = _join(job, rank)
+    rendezvous = Rendezvous(channel, job.timeout_s)
+    transport = _join(job, rank, channel, rendezvous)
+    early = rendezvous.instructions
+
+    def receive() -> list[Message]:
+        instructions = early + channel.receive()
+        early.clear()
+        return instructions
+
     worker = Worker(
         transport,
         job.plan,
@@ -86,7 +110,7 @@ def _work(job: Assignment, rank: int, channel: Channel) -> str | None:
         store,
         saved,
         channel.send,
-        channel.receive,
+        receive,
     )
     seed(job.plan.seed, 0)  # a network may be made before `worker.prepare`
     with contextlib.suppress(Interrupt):
@@ -97,14 +121,16 @@ def _work(job: Assignment, rank: int, channel: Channel) -> str | None:
     return worker.stopped
 
 
-def _join(job: Assignment, rank: int) -> Transport:
+def _join(job: Assignment, rank: int, channel: Channel, rendezvous: Rendezvous) -> Transport:
     cuda = job.plan.device == "cuda"
     if cuda:
         torch.cuda.set_device(rank % torch.cuda.device_count())
     if job.workers == 1:
         return loopback(1)[0]
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    return TorchTransport(backend, job.store_path, rank, job.workers, job.timeout_s)
+    if interface := interface_of(channel.local_address):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface  # by which peers reach this machine as well
+    backend = f"cpu:gloo,cuda:{job.backend}" if cuda else "gloo"
+    return TorchTransport(backend, rendezvous, rank, job.workers, job.timeout_s)
 
 
 def _failure(error: BaseException) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from penstock.cluster.channel import Message
 from penstock.errors import JobError, NetworkError, UserError, did_you_mean
 from penstock.exchange import tree
 from penstock.exchange.agreement import Clip, Outcome
@@ -31,7 +32,6 @@ from penstock.job import AllReduce, Averaging
 from penstock.plan import Plan
 from penstock.runtime import saving
 from penstock.runtime.batches import Batch, Cursor, Feed
-from penstock.runtime.channel import Message
 from penstock.runtime.checkpoint import Checkpoint, prune
 from penstock.runtime.evaluation import Evaluation
 from penstock.runtime.recorder import Recorder

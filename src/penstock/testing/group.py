@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from penstock.cluster.launcher import WorkerExited, WorkerOutput
-from penstock.cluster.local import LocalLauncher
+from penstock.cluster.local import LocalWorkers
 from penstock.exchange.loopback import loopback
 from penstock.exchange.torch_transport import TorchTransport
 from penstock.exchange.transport import Transport
@@ -82,7 +84,7 @@ def in_processes(world_size: int, function: Function, *, timeout_s: float = 30.0
     running, printed = set(range(world_size)), bytearray()
     with tempfile.TemporaryDirectory(prefix="penstock-") as folder:
         task = _Task(function, world_size, folder, timeout_s)
-        launcher = LocalLauncher(PRELOAD, {"GLOO_SOCKET_IFNAME": "lo"})
+        launcher = LocalWorkers(PRELOAD, {"GLOO_SOCKET_IFNAME": "lo"})
         try:
             launcher.start(pack({"search_path": sys.path}, task), f"{__name__}:main", world_size)
             give_up = time.monotonic() + timeout_s + END_S
@@ -125,9 +127,10 @@ def main(fd: int) -> int:
     sys.path[:] = packed.head["search_path"]
     task: _Task = packed.load()
     try:
-        transport = TorchTransport(
-            "gloo", f"{task.folder}/rendezvous", rank, task.world_size, task.timeout_s
+        store = dist.FileStore(  # type: ignore[attr-defined]
+            f"{task.folder}/rendezvous", task.world_size
         )
+        transport = TorchTransport("gloo", store, rank, task.world_size, task.timeout_s)
         result = (False, task.function(transport))
     except Exception:
         result = (True, traceback.format_exc())
