@@ -21,6 +21,7 @@ from penstock.exchange.transport import Transport
 from penstock.feed import Source
 from penstock.plan import Plan
 from penstock.runtime.checkpoint import Checkpoint
+from penstock.runtime.heap import keep_freed_memory
 from penstock.runtime.payload import Payload
 from penstock.runtime.rendezvous import Rendezvous, interface_of
 from penstock.runtime.shards import seed
@@ -86,6 +87,7 @@ def head(
 
 def _work(job: Assignment, rank: int, channel: Channel) -> str | None:
     torch.set_num_threads(job.plan.threads)
+    keep_freed_memory()
     store = Store(job.run_url)
     if not store.exists("plan.json"):
         raise RunError(
