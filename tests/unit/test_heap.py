@@ -46,7 +46,7 @@ def faults(keep: bool, **variables: str) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
 def test_steps_fault_in_no_page_anew() -> None:
-    assert faults(True) < PAGES
+    assert faults(True) <= 2 * PAGES  # the heap grows until two steps' lists fit in it
     assert faults(False) > STEPS * PAGES / 2  # the negative control
 
 

@@ -1,10 +1,10 @@
 """The C library's heap, told to keep the memory that one step frees for the next.
 
 A step allocates and frees the same tensors as the one before. glibc's malloc gives large ones back
-to the kernel when they are freed, and each of their pages is faulted in anew the next time: on LeNet
-2.6 ms of a 6.2 ms step. (It learns to keep what is as large as the largest block freed so far, which
-is why a process that has loaded its data in memory of its own does not show this.)
-[measured: lenet, 2 workers of 1 thread, AMD EPYC, 2026-11]
+to the kernel when they are freed, and each of their pages is faulted in anew the next time: 2.4 of
+LeNet's 6.2 ms a step. (It learns to keep what is no larger than the largest block freed so far, so
+that a process that has loaded its data into memory of its own does not show this.)
+[measured: 2 workers of 1 thread, AMD EPYC, 2026-11]
 """
 
 from __future__ import annotations
