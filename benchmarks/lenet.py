@@ -40,7 +40,7 @@ import numpy as np
 import torch
 
 from penstock import AllReduce, Averaging, Job, Worker, feed, zoo
-from penstock.exchange.torch_transport import TorchTransport
+from penstock.exchange.torch_group import TorchGroup
 from penstock.plan import Plan
 from penstock.runtime import optimizers  # noqa: F401  as in a worker
 from penstock.runtime.store import Store
@@ -74,23 +74,23 @@ def plain(x: torch.Tensor, y: torch.Tensor, wrap: Callable[[Any], Any]) -> Itera
             yield
 
 
-def meeting(loop: Iterator[None], every: int, transport: TorchTransport) -> Iterator[None]:
+def meeting(loop: Iterator[None], every: int, group: TorchGroup) -> Iterator[None]:
     """A loop that waits for the other process every so many steps."""
     said, heard = torch.zeros(1), torch.zeros(WORKERS, 1)
     for step, _ in enumerate(loop, 1):
         if step % every == 0:
-            transport.all_gather(heard, said).wait()
+            group.all_gather(heard, said).wait()
         yield
 
 
 def of_penstock(
-    strategy: AllReduce | Averaging, source: feed.Source, transport: TorchTransport, folder: str
+    strategy: AllReduce | Averaging, source: feed.Source, group: TorchGroup, folder: str
 ) -> Iterator[None]:
     """A worker's loop that pauses after each step."""
     plan = Plan(WORKERS, 1, 0, None, "cpu", {"train": source.manifest()})
     store = Store(f"{folder}/{type(strategy).__name__}")
     settings = Settings(strategy)
-    worker = Worker(transport, plan, {"train": source}, settings, store, None, json.dumps, list)
+    worker = Worker(group, plan, {"train": source}, settings, store, None, json.dumps, list)
     network, _ = worker.prepare(zoo.lenet, OPTIMIZER)
     for batch in worker.batches("train", epochs=1_000, batch_size=BATCH):
         worker.step(torch.nn.functional.cross_entropy(network(batch.x), batch.y))
@@ -104,26 +104,26 @@ def take_turns(rank: int, data: str | None, turns: int, folder: str, queue: Any)
     x, y = x[rank::WORKERS], y[rank::WORKERS]
     source = feed.mnist(data)
     store = torch.distributed.FileStore(f"{folder}/rendezvous", WORKERS)
-    transport = TorchTransport("gloo", store, rank, WORKERS, 300.0)
+    group = TorchGroup("gloo", store, rank, WORKERS, 300.0)
     loops = {
         "limit": plain(x, y, lambda network: network),
-        "meeting 5": meeting(plain(x, y, lambda network: network), 5, transport),
-        "meeting 1": meeting(plain(x, y, lambda network: network), 1, transport),
+        "meeting 5": meeting(plain(x, y, lambda network: network), 5, group),
+        "meeting 1": meeting(plain(x, y, lambda network: network), 1, group),
         "ddp": plain(x, y, torch.nn.parallel.DistributedDataParallel),
-        "averaging": of_penstock(Averaging(every=5), source, transport, folder),
-        "allreduce": of_penstock(AllReduce(), source, transport, folder),
+        "averaging": of_penstock(Averaging(every=5), source, group, folder),
+        "allreduce": of_penstock(AllReduce(), source, group, folder),
     }
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for turn in range(turns + 1):
         for name, loop in loops.items():
-            transport.barrier()
+            group.barrier()
             began = time.perf_counter()
             for _ in range(STEPS_A_TURN):
                 next(loop)
             if turn:  # the first warms up
                 seconds[name].append(time.perf_counter() - began)
     queue.put(seconds)
-    transport.barrier()
+    group.barrier()
 
 
 def rates(data: str | None, turns: int) -> dict[str, list[float]]:

@@ -294,7 +294,7 @@ def test_the_one_that_raises_is_blamed_and_not_those_who_waited_for_it(tmp_path:
         network, _ = worker.prepare(nn.Linear(6, 1), functools.partial(torch.optim.SGD, lr=0.1))
         for batch in worker.batches("train", epochs=1, batch_size=8):
             if worker.rank == 1 and worker.global_step == 2:
-                worker._transport.close()  # the others see at once that it is gone
+                worker._group.close()  # the others see at once that it is gone
                 time.sleep(0.5)
                 raise RuntimeError("the cause")
             worker.step(network(batch.x).mean())

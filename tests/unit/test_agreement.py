@@ -18,8 +18,8 @@ from penstock.exchange import tree
 from penstock.exchange.agreement import Clip, Outcome
 from penstock.exchange.averaging import AveragingAgreement
 from penstock.exchange.gradients import GradientAgreement
+from penstock.exchange.group import Group
 from penstock.exchange.shard_sum import ShardSum
-from penstock.exchange.transport import Transport
 from penstock.testing import assert_close, assert_same_bits
 from penstock.testing.group import in_threads
 
@@ -47,7 +47,7 @@ class Rank:
 
 
 def agreement_on(
-    transport: Transport,
+    group: Group,
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
@@ -57,9 +57,9 @@ def agreement_on(
     clip: Clip | None = None,
 ) -> Agreement:
     """`Averaging` with `every`, else `AllReduce`; a bucket for each parameter by default."""
-    own = tree.assign(SHARDS, transport.world_size)[transport.rank]
+    own = tree.assign(SHARDS, group.world_size)[group.rank]
     arguments: Any = (
-        transport,
+        group,
         [(name, p) for name, p in network.named_parameters() if p.requires_grad],
         optimizer,
         own,
@@ -67,7 +67,7 @@ def agreement_on(
     )
     more: Any = {
         "clip": clip or Clip(),
-        "where": lambda i: f"shard {own[i]} on rank {transport.rank}",
+        "where": lambda i: f"shard {own[i]} on rank {group.rank}",
     }
     if every is None:
         return GradientAgreement(*arguments, bucket_bytes=bucket_bytes, borders=None, **more)
@@ -85,12 +85,12 @@ def train(
 ) -> list[Rank]:
     """So many steps of all shards, on loopback."""
 
-    def work(transport: Transport) -> Rank:
+    def work(group: Group) -> Rank:
         network = copy.deepcopy(template)
         made = optimizer([p for p in network.parameters() if p.requires_grad])
-        agreement = agreement_on(transport, network, made, **options)
+        agreement = agreement_on(group, network, made, **options)
         rank = Rank(network, made, agreement)
-        own = tree.assign(SHARDS, transport.world_size)[transport.rank]
+        own = tree.assign(SHARDS, group.world_size)[group.rank]
         try:
             for step in range(1, steps + 1):
                 for i, shard in enumerate(own):
@@ -100,7 +100,7 @@ def train(
                         agreement.backward(loss, examples, n + 1 == len(parts))
                     if not parts:
                         agreement.skip()
-                rank.outcomes.append(agreement.commit(step, stop=step == transport.rank + 2))
+                rank.outcomes.append(agreement.commit(step, stop=step == group.rank + 2))
         except (Diverged, TransportError) as error:
             rank.error = error
         return rank
@@ -293,8 +293,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def layers_on_one_worker(events: list[Any]) -> tuple[Layers, Agreement]:
     network = Layers(events)
 
-    def make(transport: Transport) -> Agreement:
-        return agreement_on(transport, network, SGD(network.parameters()))
+    def make(group: Group) -> Agreement:
+        return agreement_on(group, network, SGD(network.parameters()))
 
     (agreement,) = in_threads(1, make)
     assert agreement.borders()["torch.float64"] == [
@@ -465,10 +465,10 @@ def test_zero_grad_between_batches_does_no_harm(every: int | None, set_to_none: 
     """As loops written elsewhere call it, before each backward."""
     (expected,) = train(MicroBatches(), losses_of, 1, every=every)
 
-    def work(transport: Transport) -> Rank:
+    def work(group: Group) -> Rank:
         network = MicroBatches()
         optimizer = SGD(network.parameters())
-        agreement = agreement_on(transport, network, optimizer, every=every)
+        agreement = agreement_on(group, network, optimizer, every=every)
         for step in range(1, 4):
             for i in range(SHARDS):
                 agreement.activate(i)

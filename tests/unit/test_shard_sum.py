@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from penstock.exchange import tree
-from penstock.exchange.loopback import LoopbackTransport, loopback
+from penstock.exchange.loopback import LoopbackGroup, loopback
 from penstock.exchange.shard_sum import ShardSum
 
 
@@ -36,11 +36,9 @@ def summed(
     shards, length = values.shape
     results: list[tuple[torch.Tensor, torch.Tensor]] = [None] * workers  # type: ignore[list-item]
 
-    def work(transport: LoopbackTransport) -> None:
-        own = tree.assign(shards, workers)[transport.rank]
-        sums = ShardSum(
-            transport, own, shards, length, values.dtype, torch.device("cpu"), buckets, 2
-        )
+    def work(group: LoopbackGroup) -> None:
+        own = tree.assign(shards, workers)[group.rank]
+        sums = ShardSum(group, own, shards, length, values.dtype, torch.device("cpu"), buckets, 2)
         for _ in range(2):  # a second round must not see anything of the first
             for i, shard in enumerate(own):
                 sums.row(i).copy_(values[shard])
@@ -49,7 +47,7 @@ def summed(
             for b in range(len(buckets)):
                 sums.send(b)
             total = sums.finish()
-        results[transport.rank] = (total.clone(), sums.headers.clone())
+        results[group.rank] = (total.clone(), sums.headers.clone())
 
     threads = [threading.Thread(target=work, args=(t,)) for t in loopback(workers)]
     for thread in threads:

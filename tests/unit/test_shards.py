@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from penstock.exchange import tree
-from penstock.exchange.transport import Transport
+from penstock.exchange.group import Group
 from penstock.runtime.shards import RandomState, ShardBuffers, merged_buffers, preserved, seed
 from penstock.testing import assert_same_bits
 from penstock.testing.group import in_threads
@@ -183,17 +183,15 @@ def test_loaded_buffers_are_the_networks() -> None:
     assert seen(net) == [5.0, 5.0, 5.0]
 
 
-def merged(
-    transport: Transport, shards: int, fill: Callable[[Net, int], None]
-) -> dict[str, torch.Tensor]:
-    own = tree.assign(shards, transport.world_size)[transport.rank]
+def merged(group: Group, shards: int, fill: Callable[[Net, int], None]) -> dict[str, torch.Tensor]:
+    own = tree.assign(shards, group.world_size)[group.rank]
     net = Net()
     buffers = ShardBuffers(net, len(own))
     for i, shard in enumerate(own):
         buffers.activate(i)
         fill(net, shard)
     before = [{k: t.clone() for k, t in buffers.of(i).items()} for i in range(len(own))]
-    result = merged_buffers(transport, buffers, own, shards)
+    result = merged_buffers(group, buffers, own, shards)
     for i, values in enumerate(before):
         assert_same_bits(buffers.of(i), values)
     return result
@@ -219,7 +217,7 @@ def test_equal_buffers_stay_as_they_are_to_the_bit(shards: int, workers: int) ->
     expected = ShardBuffers(net, 1).of(0)
     plain_mean = tree.tree_sum([expected["norm.running_mean"]] * shards) / shards
     assert torch.equal(plain_mean, expected["norm.running_mean"]) == (shards != SEVEN)
-    for result in in_threads(workers, lambda transport: merged(transport, shards, alike)):
+    for result in in_threads(workers, lambda group: merged(group, shards, alike)):
         assert_same_bits(result, expected)
 
 
@@ -228,12 +226,12 @@ def test_merged_buffers_are_the_mean_of_all_shards(shards: int) -> None:
     nets = [Net() for _ in range(shards)]
     for shard, net in enumerate(nets):
         unlike(net, shard)
-    (alone,) = in_threads(1, lambda transport: merged(transport, shards, unlike))
+    (alone,) = in_threads(1, lambda group: merged(group, shards, unlike))
     means = torch.stack([net.norm.running_mean for net in nets]).mean(0)
     torch.testing.assert_close(alone["norm.running_mean"], means)
     tables = torch.stack([net.a.table for net in nets]).mean(0)
     torch.testing.assert_close(alone["a.table"], tables)
     assert alone["count"].item() == 10  # no mean of whole numbers: the first shard's
     for workers in range(2, shards + 1):
-        for result in in_threads(workers, lambda transport: merged(transport, shards, unlike)):
+        for result in in_threads(workers, lambda group: merged(group, shards, unlike)):
             assert_same_bits(result, alone)

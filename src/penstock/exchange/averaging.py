@@ -23,8 +23,8 @@ import torch
 from penstock.exchange import agreement
 from penstock.exchange.agreement import EXAMPLES, LOSS, SAVE, STOP, Clip, Outcome
 from penstock.exchange.flat import Layout, by_dtype
+from penstock.exchange.group import Group
 from penstock.exchange.shard_sum import ShardSum
-from penstock.exchange.transport import Transport
 
 VOTE_EVERY = 10
 """Steps between votes on stopping and saving, where exchanges are further apart."""
@@ -46,7 +46,7 @@ class AveragingAgreement:
 
     def __init__(
         self,
-        transport: Transport,
+        group: Group,
         parameters: Sequence[tuple[str, torch.nn.Parameter]],
         optimizer: torch.optim.Optimizer,
         own: range,
@@ -105,10 +105,10 @@ class AveragingAgreement:
         self._states: list[State] = [first] + [self._copied(first) for _ in own[1:]]
         self._place(0)
         self._sums = [
-            self._sum(transport, shards, layout.length, layout.dtype, device)
+            self._sum(group, shards, layout.length, layout.dtype, device)
             for layout in self._exchanged
         ]
-        self._vote = self._sum(transport, shards, 0, torch.float64, device)
+        self._vote = self._sum(group, shards, 0, torch.float64, device)
         self._seen = [[0, 0.0] for _ in own]  # examples and loss since the last exchange
         self._i, self._step_examples, self._step_loss = 0, 0, 0.0
         self.steps_apart = 0
@@ -232,14 +232,14 @@ class AveragingAgreement:
 
     def _sum(
         self,
-        transport: Transport,
+        group: Group,
         shards: int,
         length: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> ShardSum:
         return ShardSum(
-            transport,
+            group,
             self._own,
             shards,
             length,

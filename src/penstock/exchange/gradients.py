@@ -19,8 +19,8 @@ import torch
 from penstock.exchange import agreement
 from penstock.exchange.agreement import EXAMPLES, LOSS, SAVE, STOP, Clip, Outcome
 from penstock.exchange.flat import Layout, by_dtype
+from penstock.exchange.group import Group
 from penstock.exchange.shard_sum import ShardSum
-from penstock.exchange.transport import Transport
 
 
 class GradientAgreement:
@@ -40,7 +40,7 @@ class GradientAgreement:
 
     def __init__(
         self,
-        transport: Transport,
+        group: Group,
         parameters: Sequence[tuple[str, torch.nn.Parameter]],
         optimizer: torch.optim.Optimizer,
         own: range,
@@ -67,7 +67,7 @@ class GradientAgreement:
         device = self._parameters[0].device
         self._sums = [
             ShardSum(
-                transport,
+                group,
                 own,
                 shards,
                 layout.length,

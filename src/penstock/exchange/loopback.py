@@ -1,4 +1,4 @@
-"""A group inside one process, a thread per rank: the in-memory twin of every transport."""
+"""A group inside one process, a thread per rank: the in-memory twin of every group."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from penstock.errors import TransportError
 
 
-def loopback(world_size: int, *, timeout_s: float = 60.0) -> list[LoopbackTransport]:
-    """The transports of all ranks; each is to be used by a thread of its own."""
+def loopback(world_size: int, *, timeout_s: float = 60.0) -> list[LoopbackGroup]:
+    """The groups of all ranks; each is to be used by a thread of its own."""
     meeting = _Meeting(world_size, timeout_s)
-    return [LoopbackTransport(rank, meeting) for rank in range(world_size)]
+    return [LoopbackGroup(rank, meeting) for rank in range(world_size)]
 
 
 @dataclass
@@ -28,7 +28,7 @@ class _Meeting:
     gone: set[int] = field(default_factory=set)
 
 
-class LoopbackTransport:
+class LoopbackGroup:
     """One rank of a loopback group."""
 
     def __init__(self, rank: int, meeting: _Meeting) -> None:

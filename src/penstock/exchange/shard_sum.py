@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from penstock.exchange import tree
-from penstock.exchange.transport import Transport, Work
+from penstock.exchange.group import Group, Work
 
 SCATTER_BYTES = 256 * 1024
 """Buckets of at least this size are cut between workers when there are more than two.
@@ -41,7 +41,7 @@ class ShardSum:
 
     def __init__(
         self,
-        transport: Transport,
+        group: Group,
         own: range,
         shards: int,
         length: int,
@@ -50,9 +50,9 @@ class ShardSum:
         buckets: Sequence[tuple[int, int]],
         header_size: int,
     ) -> None:
-        self._transport, self._own, self._shards = transport, own, shards
+        self._group, self._own, self._shards = group, own, shards
         self._buckets = tuple(buckets)
-        owners = tree.assign(shards, transport.world_size)
+        owners = tree.assign(shards, group.world_size)
         self._covers = [tree.cover(shards_of, shards) for shards_of in owners]
         self._owners = owners
         self._most = max(len(cover) for cover in self._covers)
@@ -97,11 +97,11 @@ class ShardSum:
         """The last own shard's row is full within this bucket: starts its exchange."""
         start, stop = self._buckets[bucket]
         self._merge(len(self._own) - 1, start, stop)
-        if self._transport.world_size == 1:
+        if self._group.world_size == 1:
             return
         with_header = bucket + 1 == len(self._buckets)
         n_bytes = (stop - start) * self._rows.element_size()
-        if self._transport.world_size > 2 and n_bytes >= SCATTER_BYTES:
+        if self._group.world_size > 2 and n_bytes >= SCATTER_BYTES:
             self._under_way.append(self._scatter(start, stop))
             if with_header:
                 self._under_way.append(self._gather(stop, stop, with_header))
@@ -110,7 +110,7 @@ class ShardSum:
 
     def finish(self) -> torch.Tensor:
         """Waits for all buckets; returns the sum, (length,), valid until `row(0)` is filled."""
-        if self._transport.world_size == 1:
+        if self._group.world_size == 1:
             self.headers.copy_(self.header)
         for bucket in self._under_way:
             bucket.work.wait()
@@ -132,7 +132,7 @@ class ShardSum:
             self._rows[lower, start:stop].add_(self._rows[lower + 1, start:stop])
 
     def _gather(self, start: int, stop: int, with_header: bool) -> _Bucket:
-        world_size = self._transport.world_size
+        world_size = self._group.world_size
         n, header = stop - start, self._header_length if with_header else 0
         if self._most == 1:
             input = self._rows[0, start : stop + header]
@@ -142,7 +142,7 @@ class ShardSum:
             if header:
                 input[self._most * n :] = self._rows[0, self._length :]
         output = self._kept("gathered", start, (world_size, len(input)))
-        work = self._transport.all_gather(output, input)
+        work = self._group.all_gather(output, input)
         return _Bucket(start, stop, work, input, output, False, with_header)
 
     def _finish_gathered(self, bucket: _Bucket) -> None:
@@ -174,7 +174,7 @@ class ShardSum:
         return self._buffers[key]
 
     def _scatter(self, start: int, stop: int) -> _Bucket:
-        world_size, n = self._transport.world_size, stop - start
+        world_size, n = self._group.world_size, stop - start
         part = -(-n // world_size)
         input = self._kept("parts", start, (world_size, self._most, part))
         for row in range(len(self._held)):
@@ -183,7 +183,7 @@ class ShardSum:
             )
             input[:, row] = padded.view(world_size, part)
         output = self._kept("scattered", start, (world_size, self._most, part))
-        work = self._transport.all_to_all(output, input)
+        work = self._group.all_to_all(output, input)
         return _Bucket(start, stop, work, input, output, True, False)
 
     def _finish_part(self, bucket: _Bucket) -> None:
@@ -199,8 +199,8 @@ class ShardSum:
             mine,
         )
         bucket.input = mine
-        bucket.output = self._kept("whole", bucket.start, (self._transport.world_size, part))
-        bucket.work = self._transport.all_gather(bucket.output, mine)
+        bucket.output = self._kept("whole", bucket.start, (self._group.world_size, part))
+        bucket.work = self._group.all_gather(bucket.output, mine)
 
 
 @dataclass

@@ -15,9 +15,9 @@ import torch
 
 from penstock.cluster.channel import Channel, Message
 from penstock.errors import PenstockError, RunError, TransportError
+from penstock.exchange.group import Group
 from penstock.exchange.loopback import loopback
-from penstock.exchange.torch_transport import TorchTransport
-from penstock.exchange.transport import Transport
+from penstock.exchange.torch_group import TorchGroup
 from penstock.feed import Source
 from penstock.plan import Plan
 from penstock.runtime.checkpoint import Checkpoint
@@ -96,7 +96,7 @@ def _work(job: Assignment, rank: int, channel: Channel) -> str | None:
         )
     saved = None if job.resume_step is None else Checkpoint(store, job.resume_step)
     rendezvous = Rendezvous(channel, job.timeout_s)
-    transport = _join(job, rank, channel, rendezvous)
+    group = _join(job, rank, channel, rendezvous)
     early = rendezvous.instructions
 
     def receive() -> list[Message]:
@@ -105,7 +105,7 @@ def _work(job: Assignment, rank: int, channel: Channel) -> str | None:
         return instructions
 
     worker = Worker(
-        transport,
+        group,
         job.plan,
         job.sources,
         job.settings,
@@ -118,12 +118,12 @@ def _work(job: Assignment, rank: int, channel: Channel) -> str | None:
     with contextlib.suppress(Interrupt):
         job.function(worker)
     worker.finish()
-    transport.barrier()
-    transport.close()
+    group.barrier()
+    group.close()
     return worker.stopped
 
 
-def _join(job: Assignment, rank: int, channel: Channel, rendezvous: Rendezvous) -> Transport:
+def _join(job: Assignment, rank: int, channel: Channel, rendezvous: Rendezvous) -> Group:
     cuda = job.plan.device == "cuda"
     if cuda:
         torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -132,7 +132,7 @@ def _join(job: Assignment, rank: int, channel: Channel, rendezvous: Rendezvous) 
     if interface := interface_of(channel.local_address):
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # by which peers reach this machine as well
     backend = f"cpu:gloo,cuda:{job.backend}" if cuda else "gloo"
-    return TorchTransport(backend, rendezvous, rank, job.workers, job.timeout_s)
+    return TorchGroup(backend, rendezvous, rank, job.workers, job.timeout_s)
 
 
 def _failure(error: BaseException) -> dict[str, Any]:

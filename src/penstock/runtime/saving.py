@@ -15,7 +15,7 @@ import torch
 from penstock.errors import RunError
 from penstock.exchange.averaging import AveragingAgreement, State
 from penstock.exchange.gradients import GradientAgreement
-from penstock.exchange.transport import Transport
+from penstock.exchange.group import Group
 from penstock.plan import Plan
 from penstock.runtime import checkpoint
 from penstock.runtime.batches import Cursor
@@ -74,19 +74,19 @@ def save(
     prepared: Prepared,
     progress: Progress,
     plan: Plan,
-    transport: Transport,
+    group: Group,
     store: Store,
     metric: float | None,
 ) -> None:
     """Writes and seals a checkpoint. Collective; returns when it is sealed."""
     step, agreement, own = progress.step, prepared.agreement, prepared.own
-    if transport.rank == 0:
+    if group.rank == 0:
         checkpoint.unseal(store, step)
-    buffers = merged_buffers(transport, prepared.buffers, own, prepared.shards)
+    buffers = merged_buffers(group, prepared.buffers, own, prepared.shards)
     files: list[File] = []
     with agreement.merged():
         network: Tensors = {name: p.detach() for name, p in prepared.network.named_parameters()}
-        if transport.rank == 0:
+        if group.rank == 0:
             files.append(
                 checkpoint.write_tensors(store, step, "network.safetensors", network | buffers)
             )
@@ -104,7 +104,7 @@ def save(
         files.append(
             checkpoint.write_tensors(store, step, checkpoint.shard_file(shard), tensors, numbers)
         )
-    if transport.rank == 0:
+    if group.rank == 0:
         if agreement.agreed:
             tensors, numbers = _optimizer_state(prepared.trained, prepared.optimizer.state)
             files.append(
@@ -120,10 +120,10 @@ def save(
             "schedule": prepared.schedule.state_dict() if prepared.schedule else None,
         }
         files.append(checkpoint.write_json(store, step, "state.json", _plain(values, "state")))
-    everyone = _gather_files(files, transport)
-    if transport.rank == 0:
+    everyone = _gather_files(files, group)
+    if group.rank == 0:
         checkpoint.seal(store, step, everyone, metric)
-    transport.barrier()
+    group.barrier()
 
 
 def restore(prepared: Prepared, saved: Checkpoint) -> Progress:
@@ -244,17 +244,17 @@ def _plain(value: Any, path: str) -> Any:
     )
 
 
-def _gather_files(files: list[File], transport: Transport) -> list[File]:
+def _gather_files(files: list[File], group: Group) -> list[File]:
     """Everyone's finished files, in the order of ranks."""
     text = torch.frombuffer(
         bytearray(json.dumps([vars(f) for f in files]).encode()), dtype=torch.uint8
     )
-    lengths = torch.empty(transport.world_size, 1, dtype=torch.int64)
-    transport.all_gather(lengths, torch.tensor([len(text)])).wait()
+    lengths = torch.empty(group.world_size, 1, dtype=torch.int64)
+    group.all_gather(lengths, torch.tensor([len(text)])).wait()
     padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
     padded[: len(text)] = text
-    texts = torch.empty(transport.world_size, len(padded), dtype=torch.uint8)
-    transport.all_gather(texts, padded).wait()
+    texts = torch.empty(group.world_size, len(padded), dtype=torch.uint8)
+    group.all_gather(texts, padded).wait()
     return [
         File(**values)
         for row, (length,) in zip(texts, lengths.tolist(), strict=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from penstock.errors import DataError
 from penstock.exchange import tree
-from penstock.exchange.transport import Transport
+from penstock.exchange.group import Group
 from penstock.runtime.batches import Feed
 from penstock.runtime.evaluation import Classification, Evaluation, Regression
 from penstock.runtime.shards import preserved, seed
@@ -20,7 +20,7 @@ LOSS, EXAMPLES, HEAD = range(3)
 
 
 def score(
-    transport: Transport,
+    group: Group,
     network: torch.nn.Module,
     forward: Callable[[Any], torch.Tensor],
     feed: Feed,
@@ -61,7 +61,7 @@ def score(
             state = None if found is None else found.state()
             rows.append((state, total, examples))
     network.train(mode)
-    everyone = _gather(transport, rows, shards)
+    everyone = _gather(group, rows, shards)
     there = [row for row in everyone if row[EXAMPLES]]
     if not there:
         raise DataError(f"{feed.name}: there are no records to evaluate on")
@@ -85,20 +85,20 @@ def accumulator(
 
 
 def _gather(
-    transport: Transport, rows: list[tuple[NDArray[Any] | None, float, int]], shards: int
+    group: Group, rows: list[tuple[NDArray[Any] | None, float, int]], shards: int
 ) -> list[torch.Tensor]:
     """Every shard's row (LOSS, EXAMPLES, state...) in float64, in the order of shards."""
     mine = max((len(state) for state, _, _ in rows if state is not None), default=0)
-    widths = torch.empty(transport.world_size, 1, dtype=torch.int64)
-    transport.all_gather(widths, torch.tensor([mine])).wait()
+    widths = torch.empty(group.world_size, 1, dtype=torch.int64)
+    group.all_gather(widths, torch.tensor([mine])).wait()
     width = int(widths.max())
-    owners = tree.assign(shards, transport.world_size)
+    owners = tree.assign(shards, group.world_size)
     most = max(len(own) for own in owners)
     block = torch.full((most, HEAD + width), math.nan, dtype=torch.float64)
     for i, (state, total, examples) in enumerate(rows):
         block[i, :HEAD] = torch.tensor([total, examples], dtype=torch.float64)
         if state is not None:
             block[i, HEAD:] = torch.from_numpy(state).double()
-    blocks = torch.empty(transport.world_size, *block.shape, dtype=torch.float64)
-    transport.all_gather(blocks, block).wait()
+    blocks = torch.empty(group.world_size, *block.shape, dtype=torch.float64)
+    group.all_gather(blocks, block).wait()
     return [blocks[rank, i] for rank, own in enumerate(owners) for i in range(len(own))]

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from penstock.exchange.flat import Layout, by_dtype
+from penstock.exchange.group import Group
 from penstock.exchange.shard_sum import ShardSum
-from penstock.exchange.transport import Transport
 
 
 @dataclass
@@ -168,7 +168,7 @@ class ShardBuffers:
 
 
 def merged_buffers(
-    transport: Transport, buffers: ShardBuffers, own: range, shards: int
+    group: Group, buffers: ShardBuffers, own: range, shards: int
 ) -> dict[str, torch.Tensor]:
     """The buffers of the network that all shards' make together. Collective.
 
@@ -181,14 +181,12 @@ def merged_buffers(
         for name, tensor in buffers.of(0).items()
     }
     for tensor in merged.values():
-        transport.broadcast(tensor, root=0).wait()
+        group.broadcast(tensor, root=0).wait()
     floating = [(name, t) for name, t in merged.items() if t.is_floating_point()]
-    for dtype, group in by_dtype(floating).items():
-        layout = Layout.of(group, dtype)
-        device = group[0][1].device
-        sums = ShardSum(
-            transport, own, shards, layout.length, dtype, device, [(0, layout.length)], 1
-        )
+    for dtype, tensors in by_dtype(floating).items():
+        layout = Layout.of(tensors, dtype)
+        device = tensors[0][1].device
+        sums = ShardSum(group, own, shards, layout.length, dtype, device, [(0, layout.length)], 1)
         for i in range(len(own)):
             mine = buffers.of(i)
             sums.row(i).zero_()

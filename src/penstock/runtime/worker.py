@@ -26,7 +26,7 @@ from penstock.exchange import tree
 from penstock.exchange.agreement import Clip, Outcome
 from penstock.exchange.averaging import AveragingAgreement
 from penstock.exchange.gradients import GradientAgreement
-from penstock.exchange.transport import Transport
+from penstock.exchange.group import Group
 from penstock.feed import Source
 from penstock.job import AllReduce, Averaging
 from penstock.plan import Plan
@@ -77,7 +77,7 @@ class Worker:
 
     def __init__(
         self,
-        transport: Transport,
+        group: Group,
         plan: Plan,
         sources: Mapping[str, Source],
         settings: Settings,
@@ -86,15 +86,15 @@ class Worker:
         send: Callable[[Message], None],
         receive: Callable[[], list[Message]],
     ) -> None:
-        self.rank, self.world_size = transport.rank, transport.world_size
+        self.rank, self.world_size = group.rank, group.world_size
         self.num_shards = plan.shards
-        self.shards = tree.assign(plan.shards, transport.world_size)[transport.rank]
+        self.shards = tree.assign(plan.shards, group.world_size)[group.rank]
         self.device = torch.device(plan.device)
         self.resumed = saved is not None
         self.after_step: list[Callable[[Worker], None]] = []
         self.plan = plan
-        self._transport, self._settings, self._store, self._saved = (
-            transport,
+        self._group, self._settings, self._store, self._saved = (
+            group,
             settings,
             store,
             saved,
@@ -176,7 +176,7 @@ class Worker:
         module.to(self.device).train()
         for tensor in [*module.parameters(), *module.buffers()]:
             whole = tensor.data.contiguous()
-            self._transport.broadcast(whole, root=0).wait()
+            self._group.broadcast(whole, root=0).wait()
             if not tensor.is_contiguous():
                 tensor.data.copy_(whole)
         made = (
@@ -345,10 +345,10 @@ class Worker:
         prepared, feed = self._need_prepared(), self._feed(name)
         if self._recorder is not None:
             self._recorder.pause()
-        buffers = merged_buffers(self._transport, prepared.buffers, self.shards, self.num_shards)
+        buffers = merged_buffers(self._group, prepared.buffers, self.shards, self.num_shards)
         with prepared.agreement.merged(), prepared.buffers.replaced(buffers):
             evaluation = score(
-                self._transport,
+                self._group,
                 prepared.network,
                 network or prepared.network,
                 feed,
@@ -401,7 +401,7 @@ class Worker:
         strategy, clip = self._settings.strategy, self._settings.clip
         if isinstance(strategy, Averaging):
             return AveragingAgreement(
-                self._transport,
+                self._group,
                 trained,
                 optimizer,
                 self.shards,
@@ -412,7 +412,7 @@ class Worker:
                 where=self._where,
             )
         return GradientAgreement(
-            self._transport,
+            self._group,
             trained,
             optimizer,
             self.shards,
@@ -496,7 +496,7 @@ class Worker:
         mine = torch.zeros(64, dtype=torch.uint8)
         mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
         everyone = torch.empty(self.world_size, 64, dtype=torch.uint8)
-        self._transport.all_gather(everyone, mine).wait()
+        self._group.all_gather(everyone, mine).wait()
         wishes = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everyone]
         if "interrupted" in wishes:
             return "interrupted"
@@ -554,7 +554,7 @@ class Worker:
             self._recorder.flush()
         if metric is not None and (progress.best is None or metric > progress.best[1]):
             progress.best = [self.global_step, metric]
-        saving.save(prepared, progress, self.plan, self._transport, self._store, metric)
+        saving.save(prepared, progress, self.plan, self._group, self._store, metric)
         self._checkpointed_at = self.global_step
         if self._recorder is not None:
             best = None if progress.best is None else int(progress.best[0])

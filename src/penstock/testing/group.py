@@ -19,13 +19,13 @@ import torch.distributed as dist
 
 from penstock.cluster.launcher import WorkerExited, WorkerOutput
 from penstock.cluster.local import LocalWorkers
+from penstock.exchange.group import Group
 from penstock.exchange.loopback import loopback
-from penstock.exchange.torch_transport import TorchTransport
-from penstock.exchange.transport import Transport
+from penstock.exchange.torch_group import TorchGroup
 from penstock.runtime.payload import Payload, pack
 from penstock.runtime.preload import PRELOAD
 
-Function = Callable[[Transport], Any]
+Function = Callable[[Group], Any]
 GONE = object()
 """The result of a rank that ended without one, as one that is killed does."""
 END_S = 30.0
@@ -47,16 +47,16 @@ def in_threads(world_size: int, function: Function, *, timeout_s: float = 30.0) 
     results: list[Any] = [GONE] * world_size
     failures: dict[int, str] = {}
 
-    def call(transport: Transport) -> None:
+    def call(group: Group) -> None:
         try:
-            results[transport.rank] = function(transport)
+            results[group.rank] = function(group)
         except Exception:
-            failures[transport.rank] = traceback.format_exc()
+            failures[group.rank] = traceback.format_exc()
         finally:
-            transport.close()
+            group.close()
 
-    transports = loopback(world_size, timeout_s=timeout_s)
-    threads = [threading.Thread(target=call, args=(t,), daemon=True) for t in transports]
+    groups = loopback(world_size, timeout_s=timeout_s)
+    threads = [threading.Thread(target=call, args=(t,), daemon=True) for t in groups]
     for thread in threads:
         thread.start()
     give_up = time.monotonic() + timeout_s + END_S
@@ -130,8 +130,8 @@ def main(fd: int) -> int:
         store = dist.FileStore(  # type: ignore[attr-defined]
             f"{task.folder}/rendezvous", task.world_size
         )
-        transport = TorchTransport("gloo", store, rank, task.world_size, task.timeout_s)
-        result = (False, task.function(transport))
+        group = TorchGroup("gloo", store, rank, task.world_size, task.timeout_s)
+        result = (False, task.function(group))
     except Exception:
         result = (True, traceback.format_exc())
     task.result_of(rank).write_bytes(pickle.dumps(result))

@@ -1,4 +1,4 @@
-"""torch.distributed's own groups as a transport: gloo on CPU, NCCL on GPUs."""
+"""torch.distributed's own groups as a group: gloo on CPU, NCCL on GPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from penstock.errors import TransportError
 
 
-class TorchTransport:
+class TorchGroup:
     """A rank of torch.distributed's default group.
 
     Arguments:

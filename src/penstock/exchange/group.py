@@ -1,4 +1,4 @@
-"""`Transport`: how bytes move between the workers of one group."""
+"""What workers agree by: collectives among the ranks of one group."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Work(Protocol):
         ...
 
 
-class Transport(Protocol):
+class Group(Protocol):
     """Collectives among `world_size` workers, issued in the same order by all of them.
 
     Tensors are contiguous and stay untouched by the caller until the work is done. A failed or
-    late peer is a TransportError, after which the transport is of no more use than `close`.
+    late peer is a TransportError, after which the group is of no more use than `close`.
     """
 
     rank: int
