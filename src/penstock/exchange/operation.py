@@ -1,0 +1,38 @@
+"""What ranks must issue alike: the name of a collective, for comparing and for errors."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One collective, as every rank describes it.
+
+    Arguments:
+        kind: such as "all_reduce".
+        detail: what else must be the same on all ranks: reduction, dtype, shape, root.
+    """
+
+    kind: str
+    detail: str = ""
+
+    @cached_property
+    def text(self) -> str:
+        """As it is said in errors: "all_reduce of sum float32 (3, 4)"."""
+        return f"{self.kind} of {self.detail}" if self.detail else self.kind
+
+    @cached_property
+    def signature(self) -> int:
+        """64 bits by which ranks see that they mean the same; never 0."""
+        digest = hashlib.blake2b(self.text.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") or 1
+
+
+def shape_of(tensor: torch.Tensor) -> str:
+    """Such as "float32 (3, 4)"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
