@@ -1,9 +1,11 @@
-"""What every group promises (`penstock.exchange.group.Group`)."""
+"""What every group promises (`penstock.exchange.group.Group`), and how it tells what went wrong."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,81 +13,51 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from penstock.errors import TransportError
+from penstock.exchange import tree
+from penstock.exchange.communicator import Communicator
+from penstock.exchange.connect import connect
 from penstock.exchange.group import Group
+from penstock.exchange.reduction import Total
 from penstock.testing.group import GONE, in_processes, in_threads
 
 pytestmark = pytest.mark.usefixtures("deadline", "nothing_left")
 
 Run = Callable[..., list[Any]]
 
-DTYPES = [
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-    torch.complex64,
-    torch.int64,
-    torch.int16,
-    torch.uint8,
-    torch.bool,
-]
-LENGTHS = [0, 1, 7, 100_000]
 WORLD_SIZES = [1, 2, 3, 4]
+OURS = {
+    "loopback": in_threads,
+    "memory": partial(in_processes, through="memory"),
+    "tcp": partial(in_processes, through="tcp"),
+}
+ALL = OURS | {"gloo": partial(in_processes, through="gloo")}
 
 
-@pytest.fixture(params=[in_threads, in_processes], ids=["loopback", "gloo"])
+@pytest.fixture(params=list(ALL))
 def run(request: pytest.FixtureRequest) -> Run:
-    found: Run = request.param
-    return found
+    return ALL[request.param]
 
 
-def values(rank: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers that differ between ranks and between elements."""
-    count = torch.arange(torch.Size(shape).numel()) * 7 + 31 * rank + 1
-    return (count % 3 == 0 if dtype == torch.bool else count % 101).to(dtype).view(shape)
+@pytest.fixture(params=list(OURS))
+def ours(request: pytest.FixtureRequest) -> Run:
+    return OURS[request.param]
 
 
-def all_gather(group: Group) -> None:
-    for dtype in DTYPES:
-        for length in LENGTHS:
-            output = torch.zeros(group.world_size, length, dtype=dtype)
-            input = values(group.rank, length, dtype=dtype)
-            group.all_gather(output, input).wait()
-            for rank in range(group.world_size):
-                assert torch.equal(output[rank], values(rank, length, dtype=dtype))
+@pytest.fixture(params=["memory", "tcp"])
+def processes(request: pytest.FixtureRequest) -> Run:
+    return OURS[request.param]
 
 
-def all_to_all(group: Group) -> None:
-    world_size = group.world_size
-    for dtype in DTYPES:
-        for length in LENGTHS:
-            output = torch.zeros(world_size, length, dtype=dtype)
-            input = values(group.rank, world_size, length, dtype=dtype)
-            group.all_to_all(output, input).wait()
-            for rank in range(world_size):
-                theirs = values(rank, world_size, length, dtype=dtype)
-                assert torch.equal(output[rank], theirs[group.rank])
+def values(rank: int, length: int) -> torch.Tensor:
+    """float32 numbers that differ between ranks and between elements."""
+    return (torch.arange(length) * 7 + 31 * rank + 1) % 101 / 7
 
 
-def broadcast(group: Group) -> None:
-    for dtype in DTYPES:
-        for length in LENGTHS:
-            for root in range(group.world_size):
-                tensor = values(group.rank, length, dtype=dtype)
-                group.broadcast(tensor, root).wait()
-                assert torch.equal(tensor, values(root, length, dtype=dtype))
-    number = torch.tensor(group.rank + 5)  # no dim at all, as counters in buffers have
-    group.broadcast(number, 0).wait()
-    assert number.item() == 5
-
-
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("collective", [all_gather, all_to_all, broadcast])
-def test_what_was_given_arrives(
-    collective: Callable[[Group], None], world_size: int, run: Run
-) -> None:
-    assert run(world_size, collective) == [None] * world_size
+def total(world_size: int) -> Total:
+    return Total([(rank, rank + 1) for rank in range(world_size)], world_size)
 
 
 def ranks(group: Group) -> tuple[int, int]:
@@ -112,26 +84,25 @@ def test_nobody_passes_a_barrier_before_the_last_has_come(world_size: int, run: 
 
 
 def many_at_once(group: Group) -> None:
-    world_size, rank, dtype = group.world_size, group.rank, torch.float32
-    rounds = 12
+    world_size, rank = group.world_size, group.rank
     started = []
-    for n in range(rounds):
-        length = 1 + 3000 * n
+    for n in range(12):
+        length = 1 + 9000 * n
         gathered = torch.zeros(world_size, length)
-        first = group.all_gather(gathered, values(rank + n, length, dtype=dtype))
-        exchanged = torch.zeros(world_size, length)
-        second = group.all_to_all(exchanged, values(rank - n, world_size, length, dtype=dtype))
-        sent = values(rank, length, dtype=dtype)
+        first = group.all_gather(gathered, values(rank + n, length))
+        summed = values(rank - n, length)
+        second = group.all_reduce(summed, total(world_size))
+        sent = values(rank, length)
         third = group.broadcast(sent, n % world_size)
-        started.append((length, gathered, exchanged, sent, first, second, third))
-    for n, (length, gathered, exchanged, sent, *works) in enumerate(started):
+        started.append((length, gathered, summed, sent, first, second, third))
+    for n, (length, gathered, summed, sent, *works) in enumerate(started):
         for work in works:
             work.wait()
         for other in range(world_size):
-            assert torch.equal(gathered[other], values(other + n, length, dtype=dtype))
-            theirs = values(other - n, world_size, length, dtype=dtype)
-            assert torch.equal(exchanged[other], theirs[rank])
-        assert torch.equal(sent, values(n % world_size, length, dtype=dtype))
+            assert torch.equal(gathered[other], values(other + n, length))
+        parts = [values(other - n, length) for other in range(world_size)]
+        assert torch.equal(summed, tree.tree_sum(parts)), "not along the fixed tree"
+        assert torch.equal(sent, values(n % world_size, length))
     group.barrier()
 
 
@@ -142,55 +113,93 @@ def test_several_are_under_way_at_once(world_size: int, run: Run) -> None:
 
 def collectives(group: Group) -> dict[str, Callable[[], object]]:
     """Each collective, waited for."""
-    both = [torch.zeros(group.world_size, 1000), torch.zeros(group.world_size, 1000)]
+    tensor = torch.zeros(1000)
+    gathered = torch.zeros(group.world_size, 1000)
     return {
-        "all_gather": lambda: group.all_gather(both[0], both[1][0]).wait(),
-        "all_to_all": lambda: group.all_to_all(*both).wait(),
-        "broadcast": lambda: group.broadcast(both[0], 1).wait(),
+        "all_reduce": lambda: group.all_reduce(tensor, total(group.world_size)).wait(),
+        "all_gather": lambda: group.all_gather(gathered, tensor).wait(),
+        "broadcast": lambda: group.broadcast(tensor, 1).wait(),
         "barrier": group.barrier,
     }
 
 
-def without_rank_1(group: Group, name: str, how: str) -> str | None:
-    """What the others are told when rank 1 takes no part in a collective."""
+def without_rank_1(group: Group, name: str, how: str) -> tuple[str, float] | None:
+    """What the others are told when rank 1 takes no part in a collective, and after how long."""
     group.barrier()
     if group.rank == 1:
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        if how == "leaves":
+        elif how == "stopped":
+            wake = f"sleep 5; kill -CONT {os.getpid()}"
+            subprocess.Popen(["sh", "-c", wake], start_new_session=True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif how == "leaves":
             group.close()
         else:
-            time.sleep(8)
+            time.sleep(6)
         return None
     began = time.monotonic()
     with pytest.raises(TransportError) as caught:
         collectives(group)[name]()
-    assert time.monotonic() - began < 15
+    waited_s = time.monotonic() - began
     group.close()  # waits for nobody
-    return str(caught.value)
+    return str(caught.value), waited_s
 
 
-@pytest.mark.parametrize("name", ["all_gather", "all_to_all", "broadcast", "barrier"])
+NAMES = ["all_reduce", "all_gather", "broadcast", "barrier"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_rank_that_leaves_is_an_error_for_the_others(name: str, run: Run) -> None:
     told = run(3, partial(without_rank_1, name=name, how="leaves"))
     assert told[1] is None
     for rank in (0, 2):
-        assert name in told[rank]
-        # gloo knows that a connection is gone, and not whose it was
-        assert ("rank 1 left" if run is in_threads else f"rank {rank}: ") in told[rank]
+        text, _ = told[rank]
+        if run is ALL["gloo"]:  # it knows that a connection is gone, and not whose it was
+            assert f"rank {rank}: " in text
+        else:
+            assert name in text
+            assert "rank 1 on " in text
+            assert "left" in text
 
 
-def test_a_rank_that_is_killed_is_an_error_for_the_others() -> None:
-    told = in_processes(3, partial(without_rank_1, name="all_gather", how="killed"))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rank_that_is_killed_is_named_within_a_second(name: str, processes: Run) -> None:
+    told = processes(3, partial(without_rank_1, name=name, how="killed"))
     assert told[1] is GONE
-    assert all("all_gather" in told[rank] for rank in (0, 2))
+    for text, waited_s in (told[0], told[2]):
+        assert name in text
+        assert "rank 1 on " in text
+        assert waited_s < 1.0
 
 
-def test_a_rank_that_is_late_is_an_error_for_the_others(run: Run) -> None:
-    told = run(2, partial(without_rank_1, name="all_gather", how="sleeps"), timeout_s=4.0)
-    assert "all_gather" in told[0]
-    if run is in_threads:
-        assert "4.0 s passed; missing ranks [1]" in told[0]
+@pytest.mark.parametrize("how", ["stopped", "late"])
+@pytest.mark.parametrize("name", ["all_reduce", "barrier"])
+def test_a_rank_that_does_not_come_is_named_at_the_deadline(
+    name: str, how: str, processes: Run
+) -> None:
+    told = processes(3, partial(without_rank_1, name=name, how=how), timeout_s=2.0)
+    for text, waited_s in (told[0], told[2]):
+        assert name in text
+        assert "rank 1 (on " in text
+        assert "rank 0 (on " not in text, "it was there"
+        assert "number 2" in text
+        assert "after 2 s" in text
+        assert 1.5 < waited_s < 4.0
+
+
+def late_in_threads(group: Group) -> str | None:
+    if group.rank == 1:
+        time.sleep(1.0)
+        return None
+    with pytest.raises(TransportError) as caught:
+        group.barrier()
+    return str(caught.value)
+
+
+def test_a_thread_that_does_not_come_is_named() -> None:
+    told = in_threads(3, late_in_threads, timeout_s=0.5)
+    assert "barrier, number 1: after 0.5 s rank 1 (on this process) had not come" in told[0]
 
 
 def in_another_order(group: Group) -> str:
@@ -200,9 +209,95 @@ def in_another_order(group: Group) -> str:
     return str(caught.value)
 
 
-def test_loopback_tells_when_ranks_disagree_on_what_comes_next() -> None:
-    for told in in_threads(2, in_another_order):
-        assert told == "collective number 0 differs between ranks: ['all_gather', 'all_to_all']"
+def test_ranks_that_disagree_on_what_comes_next_are_told(ours: Run) -> None:
+    for told in ours(2, in_another_order):
+        assert "number 1 differs between ranks: rank 0 (" in told
+        assert "is at all_reduce of sum over shards float32 (1000,); rank 1" in told
+        assert "is at all_gather of float32 1000 each" in told
+
+
+def aborted_while_waiting(group: Communicator) -> tuple[str, float]:
+    """What rank 2 and others are told when rank 0 aborts; and how long after."""
+    group.barrier()
+    if group.rank == 0:
+        time.sleep(0.5)
+        at = time.monotonic()
+        group.abort("the test says so")
+        with pytest.raises(TransportError) as caught:
+            group.barrier()
+        return str(caught.value), time.monotonic() - at
+    work = group.barrier(sync=False)  # in the communicator's thread
+    began = time.monotonic()
+    with pytest.raises(TransportError) as caught:
+        work.wait()
+    return str(caught.value), time.monotonic() - began - 0.5
+
+
+def test_an_abort_releases_all_that_wait(ours: Run) -> None:
+    for rank, (text, after_s) in enumerate(ours(3, aborted_while_waiting)):
+        assert rank == 0 or "barrier, number 2: " in text
+        assert "the group was aborted: the test says so" in text
+        assert after_s < 0.15  # 100 ms, and the clocks of three processes
+
+
+def own_abort(group: Communicator) -> float:
+    """How long after an abort by another thread of this process a waiting one is released."""
+    group.barrier()
+    if group.rank == 1:
+        time.sleep(1.0)
+        return 0.0
+    at = []
+
+    def abort() -> None:
+        at.append(time.monotonic())
+        group.abort("enough")
+
+    threading.Timer(0.3, abort).start()
+    with pytest.raises(TransportError, match="aborted: enough"):
+        group.barrier()
+    return time.monotonic() - at[0]
+
+
+def test_an_abort_from_another_thread_releases_this_one(ours: Run) -> None:
+    assert ours(2, own_abort)[0] < 0.1
+
+
+def again_without_rank_1(group: Communicator, folder: str) -> float | str | None:
+    """Rank 1 dies in the middle; the others form the next generation's group and go on."""
+    tensor = torch.full((300_000,), float(group.rank))
+    works = [group.all_reduce(tensor.clone()) for _ in range(4)]
+    works[0].wait()
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(TransportError):
+        group.all_reduce(tensor, sync=True)
+    tensor.fill_(float(group.rank))
+    group.close()
+    store = dist.FileStore(f"{folder}/next", 2)  # type: ignore[attr-defined]
+    survivor = {0: 0, 2: 1}[group.rank]
+    near = group.through == "memory"
+    following = connect(store, survivor, 2, timeout_s=10.0, share_memory=near)
+    following.all_reduce(tensor, sync=True)
+    following.close()
+    return tensor[0].item()
+
+
+def test_survivors_form_the_next_group_in_the_same_processes(processes: Run, tmp_path: Any) -> None:
+    results = processes(3, partial(again_without_rank_1, folder=str(tmp_path)))
+    assert results[0] == results[2] == 2.0
+
+
+def leftovers(group: Communicator) -> list[str]:
+    group.allocate(1 << 20)
+    group.barrier()
+    with open("/proc/self/maps") as file:
+        return [line.split(maxsplit=5)[5] for line in file if "/dev/shm/penstock-" in line]
+
+
+def test_segments_have_no_names_any_more_while_they_are_used() -> None:
+    for mapped in in_processes(3, leftovers):
+        assert len(mapped) == 2 * 3
+        assert all(name.strip().endswith("(deleted)") for name in mapped)
 
 
 def raises(group: Group) -> None:

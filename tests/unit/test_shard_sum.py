@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from penstock.exchange import tree
-from penstock.exchange.loopback import LoopbackGroup, loopback
+from penstock.exchange.communicator import Communicator
+from penstock.exchange.loopback import loopback
 from penstock.exchange.shard_sum import ShardSum
 
 
@@ -36,7 +37,7 @@ def summed(
     shards, length = values.shape
     results: list[tuple[torch.Tensor, torch.Tensor]] = [None] * workers  # type: ignore[list-item]
 
-    def work(group: LoopbackGroup) -> None:
+    def work(group: Communicator) -> None:
         own = tree.assign(shards, workers)[group.rank]
         sums = ShardSum(group, own, shards, length, values.dtype, torch.device("cpu"), buckets, 2)
         for _ in range(2):  # a second round must not see anything of the first
@@ -49,7 +50,8 @@ def summed(
             total = sums.finish()
         results[group.rank] = (total.clone(), sums.headers.clone())
 
-    threads = [threading.Thread(target=work, args=(t,)) for t in loopback(workers)]
+    ends = [Communicator(end, timeout_s=30.0) for end in loopback(workers)]
+    threads = [threading.Thread(target=work, args=(t,)) for t in ends]
     for thread in threads:
         thread.start()
     for thread in threads:

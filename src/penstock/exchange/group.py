@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from penstock.exchange.reduction import Reduction, Total
+
 
 class Work(Protocol):
     """A collective under way."""
@@ -18,27 +20,34 @@ class Work(Protocol):
 class Group(Protocol):
     """Collectives among `world_size` workers, issued in the same order by all of them.
 
-    Tensors are contiguous and stay untouched by the caller until the work is done. A failed or
-    late peer is a TransportError, after which the group is of no more use than `close`.
+    Tensors are contiguous and stay untouched by the caller until the work is done; `sync=True` is
+    for who waits at once anyway. A failed or late peer is a TransportError, after which the group
+    is of no more use than `close`.
     """
 
     rank: int
     world_size: int
 
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Work:
+    def all_reduce(
+        self, tensor: torch.Tensor, reduction: Reduction | Total, *, sync: bool = False
+    ) -> Work:
+        """Starts combining the tensors of all, in place: the same bits on all."""
+        ...
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, sync: bool = False) -> Work:
         """Starts gathering: output (world_size, *input.shape), input the same shape on all."""
         ...
 
-    def all_to_all(self, output: torch.Tensor, input: torch.Tensor) -> Work:
-        """Starts exchanging: input[r] goes to rank r, output[r] comes from it; equal shapes."""
-        ...
-
-    def broadcast(self, tensor: torch.Tensor, root: int) -> Work:
+    def broadcast(self, tensor: torch.Tensor, root: int, *, sync: bool = False) -> Work:
         """Starts sending the root's tensor to all others, in place."""
         ...
 
-    def barrier(self) -> None:
+    def barrier(self) -> object:
         """Returns when all have come here."""
+        ...
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """Memory in which tensors are combined fastest: uint8 (num_bytes,), zeros. Collective."""
         ...
 
     def close(self) -> None:

@@ -1,110 +1,145 @@
-"""A group inside one process, a thread per rank: the in-memory twin of every group."""
+"""A transport inside one process, a thread per rank: the in-memory twin of every transport."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from penstock.errors import TransportError
+from penstock.exchange.operation import Operation
+from penstock.exchange.transport import Read, Views, aborted, differs, lost, misfit, stalled
 
 
-def loopback(world_size: int, *, timeout_s: float = 60.0) -> list[LoopbackGroup]:
-    """The groups of all ranks; each is to be used by a thread of its own."""
-    meeting = _Meeting(world_size, timeout_s)
-    return [LoopbackGroup(rank, meeting) for rank in range(world_size)]
+def loopback(world_size: int, *, chunk_bytes: int = 1 << 20) -> list[LoopbackTransport]:
+    """The transports of all ranks; each is to be used by a thread of its own."""
+    meeting = _Meeting(world_size, chunk_bytes)
+    return [LoopbackTransport(rank, meeting) for rank in range(world_size)]
 
 
 @dataclass
 class _Meeting:
     world_size: int
-    timeout_s: float
+    chunk_bytes: int
     changed: threading.Condition = field(default_factory=threading.Condition)
-    brought: dict[int, dict[int, tuple[str, torch.Tensor]]] = field(default_factory=dict)
-    taken: dict[int, int] = field(default_factory=dict)
+    brought: dict[int, dict[int, tuple[Operation, Views]]] = field(default_factory=dict)
+    read: dict[int, set[int]] = field(default_factory=dict)
     gone: set[int] = field(default_factory=set)
+    reason: str | None = None
 
 
-class LoopbackGroup:
-    """One rank of a loopback group."""
+class LoopbackTransport:
+    """One rank's end."""
+
+    name = "loopback"
 
     def __init__(self, rank: int, meeting: _Meeting) -> None:
         self.rank = rank
         self.world_size = meeting.world_size
+        self.hosts: Sequence[str] = ("this process",) * meeting.world_size
         self._meeting = meeting
-        self._sequence = 0
+        self._steps = 0
 
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> LoopbackWork:
-        def take(inputs: dict[int, torch.Tensor]) -> None:
-            for rank, tensor in inputs.items():
-                output[rank].copy_(tensor)
+    def share(
+        self,
+        sequence: int,
+        operation: Operation,
+        parts: Views,
+        sizes: Sequence[int],
+        read: Read,
+        timeout_s: float,
+    ) -> None:
+        meeting, step, give_up = self._meeting, self._steps, time.monotonic() + timeout_s
+        self._steps += 1
+        with meeting.changed:
+            brought = meeting.brought.setdefault(step, {})
+            brought[self.rank] = operation, [p if p is None else p.clone() for p in parts]
+            meeting.changed.notify_all()
+            while len(brought) < self.world_size:
+                self._wait(brought, give_up, operation, sequence, timeout_s)
+        try:
+            views = self._views(brought, operation, sequence, sizes)
+        except TransportError as error:
+            self.abort(error.message)
+            raise
+        longest = max([0, *sizes])
+        for start in range(0, longest, meeting.chunk_bytes):
+            stop = min(start + meeting.chunk_bytes, longest)
+            read(
+                [None if v is None or len(v) <= start else v[start:stop] for v in views],
+                start,
+                stop,
+            )
+        with meeting.changed:
+            have_read = meeting.read.setdefault(step, set())
+            have_read.add(self.rank)
+            meeting.changed.notify_all()
+            while len(have_read) < self.world_size:
+                self._wait(have_read, give_up, operation, sequence, timeout_s)
+            meeting.read.pop(step, None)
+            meeting.brought.pop(step, None)
 
-        return self._start("all_gather", input, take)
+    def allocate(self, num_bytes: int, sequence: int, timeout_s: float) -> torch.Tensor | None:
+        return None
 
-    def all_to_all(self, output: torch.Tensor, input: torch.Tensor) -> LoopbackWork:
-        def take(inputs: dict[int, torch.Tensor]) -> None:
-            for rank, tensor in inputs.items():
-                output[rank].copy_(tensor[self.rank])
+    def holds(self, tensor: torch.Tensor) -> bool:
+        return False
 
-        return self._start("all_to_all", input, take)
-
-    def broadcast(self, tensor: torch.Tensor, root: int) -> LoopbackWork:
-        return self._start("broadcast", tensor, lambda inputs: tensor.copy_(inputs[root]))
-
-    def barrier(self) -> None:
-        self._start("barrier", torch.empty(0), lambda inputs: None).wait()
+    def abort(self, reason: str) -> None:
+        with self._meeting.changed:
+            self._meeting.reason = self._meeting.reason or reason
+            self._meeting.changed.notify_all()
 
     def close(self) -> None:
         with self._meeting.changed:
             self._meeting.gone.add(self.rank)
             self._meeting.changed.notify_all()
 
-    def _start(
-        self, name: str, tensor: torch.Tensor, take: Callable[[dict[int, torch.Tensor]], object]
-    ) -> LoopbackWork:
-        sequence, self._sequence = self._sequence, self._sequence + 1
-        with self._meeting.changed:
-            there = self._meeting.brought.setdefault(sequence, {})
-            there[self.rank] = (name, tensor.detach().clone())
-            self._meeting.changed.notify_all()
-        return LoopbackWork(self._meeting, sequence, name, take)
-
-
-class LoopbackWork:
-    """A collective of a loopback group under way."""
-
-    def __init__(
+    def _wait(
         self,
-        meeting: _Meeting,
+        there: Collection[int],
+        give_up: float,
+        operation: Operation,
         sequence: int,
-        name: str,
-        take: Callable[[dict[int, torch.Tensor]], object],
+        timeout_s: float,
     ) -> None:
-        self._meeting, self._sequence, self._name, self._take = meeting, sequence, name, take
+        """Until something has changed; raises when nothing will."""
+        meeting, what = self._meeting, f"{operation.text}, number {sequence}"
+        if meeting.reason is not None:
+            raise aborted(what, meeting.reason)
+        missing = [rank for rank in range(self.world_size) if rank not in there]
+        if left := [rank for rank in missing if rank in meeting.gone]:
+            raise lost(what, left[0], self.hosts, "has left")
+        remaining_s = give_up - time.monotonic()
+        if remaining_s <= 0:
+            raise stalled(operation, sequence, missing, self.hosts, timeout_s)
+        meeting.changed.wait(remaining_s)
 
-    def wait(self) -> None:
-        meeting, deadline = self._meeting, time.monotonic() + self._meeting.timeout_s
-        with meeting.changed:
-            there = meeting.brought[self._sequence]
-            while len(there) < meeting.world_size:
-                missing = sorted(set(range(meeting.world_size)) - set(there))
-                lost = [rank for rank in missing if rank in meeting.gone]
-                remaining_s = deadline - time.monotonic()
-                if lost or remaining_s <= 0:
-                    why = f"rank {lost[0]} left" if lost else f"{meeting.timeout_s} s passed"
-                    raise TransportError(
-                        f"{self._name} number {self._sequence}: {why}; missing ranks {missing}"
-                    )
-                meeting.changed.wait(remaining_s)
-            names = {name for name, _ in there.values()}
-            if len(names) > 1:
-                raise TransportError(
-                    f"collective number {self._sequence} differs between ranks: {sorted(names)}"
+    def _views(
+        self,
+        brought: dict[int, tuple[Operation, Views]],
+        operation: Operation,
+        sequence: int,
+        sizes: Sequence[int],
+    ) -> Views:
+        """What each rank has for this one; raises where they differ on what this is."""
+        views = []
+        for peer, (theirs, parts) in sorted(brought.items()):
+            if theirs != operation:
+                raise differs(sequence, operation.text, self.rank, peer, theirs.text, self.hosts)
+            view = parts[self.rank]
+            if (0 if view is None else len(view)) != sizes[peer]:
+                raise misfit(
+                    sequence,
+                    operation,
+                    self.rank,
+                    sizes[peer],
+                    peer,
+                    0 if view is None else len(view),
+                    self.hosts,
                 )
-            self._take({rank: tensor for rank, (_, tensor) in sorted(there.items())})
-            meeting.taken[self._sequence] = meeting.taken.get(self._sequence, 0) + 1
-            if meeting.taken[self._sequence] == meeting.world_size:
-                del meeting.brought[self._sequence], meeting.taken[self._sequence]
+            views.append(view)
+        return views

@@ -6,8 +6,6 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-
 
 @dataclass(frozen=True)
 class Operation:
@@ -31,8 +29,3 @@ class Operation:
         """64 bits by which ranks see that they mean the same; never 0."""
         digest = hashlib.blake2b(self.text.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") or 1
-
-
-def shape_of(tensor: torch.Tensor) -> str:
-    """Such as "float32 (3, 4)"."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

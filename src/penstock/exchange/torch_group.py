@@ -10,6 +10,12 @@ import torch
 import torch.distributed as dist
 
 from penstock.errors import TransportError
+from penstock.exchange.group import Work
+from penstock.exchange.reduction import Reduction, Total
+
+SCATTER_BYTES = 256 * 1024
+"""Tensors of at least this size are cut between workers when there are more than two.
+[measured: gloo on loopback, 2 cores, 2026-11: a second exchange costs about 0.7 ms]"""
 
 
 class TorchGroup:
@@ -43,17 +49,35 @@ class TorchGroup:
                 f"rank {rank} of {world_size} could not join the {backend} group: {error}"
             ) from error
 
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> TorchWork:
+    def all_reduce(
+        self, tensor: torch.Tensor, reduction: Reduction | Total, *, sync: bool = False
+    ) -> Work:
+        """Gathers all, then combines them here: torch's own all-reduce adds in its own order."""
+        if self.world_size == 1:
+            reduction.combine([tensor], tensor)
+            return _Done()
+        if self.world_size > 2 and tensor.nbytes >= SCATTER_BYTES:
+            return _Scattered(self, tensor, reduction)
+        gathered = tensor.new_empty(self.world_size, len(tensor))
+        return _Gathered(self.all_gather(gathered, tensor), gathered, tensor, reduction)
+
+    def all_gather(
+        self, output: torch.Tensor, input: torch.Tensor, *, sync: bool = False
+    ) -> TorchWork:
         return self._start("all_gather", dist.all_gather_single, _bytes(output), _bytes(input))
 
     def all_to_all(self, output: torch.Tensor, input: torch.Tensor) -> TorchWork:
+        """Starts exchanging: input[r] goes to rank r, output[r] comes from it; equal shapes."""
         return self._start("all_to_all", dist.all_to_all_single, _bytes(output), _bytes(input))
 
-    def broadcast(self, tensor: torch.Tensor, root: int) -> TorchWork:
+    def broadcast(self, tensor: torch.Tensor, root: int, *, sync: bool = False) -> TorchWork:
         return self._start("broadcast", dist.broadcast, _bytes(tensor), root)
 
     def barrier(self) -> None:
         self._start("barrier", dist.all_reduce, torch.zeros(1)).wait()
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
 
     def close(self) -> None:
         dist.destroy_process_group()
@@ -82,3 +106,47 @@ class TorchWork:
             self._work.wait()
         except RuntimeError as error:
             raise TransportError(f"rank {self._rank}: {self._name}: {error}") from error
+
+
+class _Gathered:
+    """An all-reduce of which each rank gets all parts whole."""
+
+    def __init__(
+        self,
+        work: TorchWork,
+        gathered: torch.Tensor,
+        tensor: torch.Tensor,
+        reduction: Reduction | Total,
+    ) -> None:
+        self._work, self._gathered = work, gathered
+        self._tensor, self._reduction = tensor, reduction
+
+    def wait(self) -> None:
+        self._work.wait()
+        self._reduction.combine(list(self._gathered.unbind()), self._tensor)
+
+
+class _Scattered:
+    """An all-reduce of which each rank combines a part; the parts are gathered when waited for."""
+
+    def __init__(
+        self, group: TorchGroup, tensor: torch.Tensor, reduction: Reduction | Total
+    ) -> None:
+        self._group, self._tensor, self._reduction = group, tensor, reduction
+        part = -(-len(tensor) // group.world_size)
+        padded = torch.nn.functional.pad(tensor, (0, part * group.world_size - len(tensor)))
+        self._parts = padded.view(group.world_size, part)
+        self._given = torch.empty_like(self._parts)
+        self._work = group.all_to_all(self._given, self._parts)
+
+    def wait(self) -> None:
+        self._work.wait()
+        mine = torch.empty_like(self._given[0])
+        self._reduction.combine(list(self._given.unbind()), mine)
+        self._group.all_gather(self._parts, mine).wait()
+        self._tensor.copy_(self._parts.view(-1)[: len(self._tensor)])
+
+
+class _Done:
+    def wait(self) -> None:
+        pass

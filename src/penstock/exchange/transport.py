@@ -16,7 +16,7 @@ from penstock.errors import TransportError
 from penstock.exchange.operation import Operation
 
 Views = Sequence[torch.Tensor | None]
-"""By rank, uint8 (bytes,): a piece of what each has for this one; None from who has nothing (more)."""
+"""By rank, uint8 (bytes,): (a piece of) what each has for this one; None for nothing (more)."""
 
 Read = Callable[[Views, int, int], None]
 """Takes views of the bytes [start, stop) of what each rank has for this one (less from who has less
@@ -30,9 +30,11 @@ class Transport(Protocol):
     """One rank's end. All ranks call `share` in the same order, each from one thread at a time.
 
     Attributes:
+        name: of what moves the bytes.
         hosts: by rank, the name of its machine, for errors.
     """
 
+    name: str
     rank: int
     world_size: int
     hosts: Sequence[str]
@@ -48,7 +50,9 @@ class Transport(Protocol):
     ) -> None:
         """Gives each rank what this one has for it, and reads what all have for this one.
 
-        On return everything has been read here, and the parts may be overwritten.
+        On return everything has been read here, and the parts may be overwritten; before, `read`
+        may write into the parts what it has just read there (the same bytes [start, stop)), unless
+        they are held in shared memory. Ranks between which there are no bytes need not meet.
 
         Arguments:
             sequence: of the operation in this group, for errors.
@@ -60,6 +64,17 @@ class Transport(Protocol):
             TransportError: a peer has gone or stopped, means another operation, or has another
                 number of bytes; or the group was aborted. The transport is of no more use then.
         """
+        ...
+
+    def allocate(self, num_bytes: int, sequence: int, timeout_s: float) -> torch.Tensor | None:
+        """Memory of this rank that the others read in place, zeros, uint8 (num_bytes,). Collective.
+
+        None, on all ranks, where there is none.
+        """
+        ...
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether others read a tensor of this rank where it lies."""
         ...
 
     def abort(self, reason: str) -> None:
@@ -95,6 +110,23 @@ def differs(
         f"collective number {sequence} differs between ranks: "
         + "; ".join(f"rank {r} ({hosts[r]}) is at {text}" for r, text in said),
         hint="all ranks must issue the same collectives, with the same shapes, in the same order",
+    )
+
+
+def misfit(
+    sequence: int,
+    operation: Operation,
+    rank: int,
+    size: int,
+    peer: int,
+    theirs: int,
+    hosts: Sequence[str],
+) -> TransportError:
+    """The error of ranks that mean the same operation, but not the same number of bytes."""
+    return TransportError(
+        f"{operation.text}, number {sequence}: rank {peer} on {hosts[peer]} has {theirs} bytes "
+        f"for rank {rank} on {hosts[rank]}, which expects {size}",
+        hint="the sizes that ranks give to this operation must fit together",
     )
 
 

@@ -12,11 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 
 Node = tuple[int, int]
 """A subtree: the shards [low, high)."""
+
+Order: TypeAlias = "int | tuple[Order, Order]"
+"""How parts are combined: a part by its index, or two orders to be combined first."""
 
 
 def middle(low: int, high: int) -> int:
@@ -92,6 +96,25 @@ def combine(parts: Mapping[Node, torch.Tensor], shards: int, out: torch.Tensor) 
         return
     split = middle(0, shards)
     torch.add(total((0, split)), total((split, shards)), out=out)
+
+
+@lru_cache(maxsize=64)
+def order(parts: int) -> Order:
+    """The order in which so many parts are combined."""
+    return order_of([(part, part + 1) for part in range(parts)], parts)
+
+
+def order_of(subtrees: Sequence[Node], shards: int) -> Order:
+    """The order in which subtrees, which together cover all shards, are combined to the whole."""
+    index = {node: number for number, node in enumerate(subtrees)}
+
+    def below(node: Node) -> Order:
+        if node in index:
+            return index[node]
+        split = middle(*node)
+        return below((node[0], split)), below((split, node[1]))
+
+    return below((0, shards))
 
 
 def tree_sum(values: Sequence[torch.Tensor]) -> torch.Tensor:

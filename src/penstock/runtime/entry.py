@@ -15,8 +15,8 @@ import torch
 
 from penstock.cluster.channel import Channel, Message
 from penstock.errors import PenstockError, RunError, TransportError
+from penstock.exchange.connect import alone, connect
 from penstock.exchange.group import Group
-from penstock.exchange.loopback import loopback
 from penstock.exchange.torch_group import TorchGroup
 from penstock.feed import Source
 from penstock.plan import Plan
@@ -124,14 +124,16 @@ def _work(job: Assignment, rank: int, channel: Channel) -> str | None:
 
 
 def _join(job: Assignment, rank: int, channel: Channel, rendezvous: Rendezvous) -> Group:
-    cuda = job.plan.device == "cuda"
-    if cuda:
+    if job.plan.device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     if job.workers == 1:
-        return loopback(1)[0]
+        return alone()
+    if job.plan.device == "cpu":
+        address = channel.local_address  # by which peers reach this machine as well
+        return connect(rendezvous, rank, job.workers, timeout_s=job.timeout_s, address=address)
     if interface := interface_of(channel.local_address):
-        os.environ["GLOO_SOCKET_IFNAME"] = interface  # by which peers reach this machine as well
-    backend = f"cpu:gloo,cuda:{job.backend}" if cuda else "gloo"
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    backend = f"cpu:gloo,cuda:{job.backend}"
     return TorchGroup(backend, rendezvous, rank, job.workers, job.timeout_s)
 
 

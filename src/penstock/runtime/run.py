@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from penstock.errors import RunError
-from penstock.exchange.loopback import loopback
+from penstock.exchange.connect import alone
 from penstock.feed import Source
 from penstock.job import Job
 from penstock.plan import Plan
@@ -152,7 +152,7 @@ class Run:
             network = self.network
             with torch.autocast("cpu", torch.bfloat16, job.precision == "bfloat16"):
                 return score(
-                    loopback(1)[0],
+                    alone(),
                     network,
                     network,
                     feed,

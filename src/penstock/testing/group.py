@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 from penstock.cluster.launcher import WorkerExited, WorkerOutput
 from penstock.cluster.local import LocalWorkers
+from penstock.exchange.communicator import Communicator
+from penstock.exchange.connect import connect
 from penstock.exchange.group import Group
 from penstock.exchange.loopback import loopback
 from penstock.exchange.torch_group import TorchGroup
@@ -50,12 +52,12 @@ def in_threads(world_size: int, function: Function, *, timeout_s: float = 30.0) 
     def call(group: Group) -> None:
         try:
             results[group.rank] = function(group)
-        except Exception:
+        except BaseException:  # pytest's own failures among them
             failures[group.rank] = traceback.format_exc()
         finally:
             group.close()
 
-    groups = loopback(world_size, timeout_s=timeout_s)
+    groups = [Communicator(end, timeout_s=timeout_s) for end in loopback(world_size)]
     threads = [threading.Thread(target=call, args=(t,), daemon=True) for t in groups]
     for thread in threads:
         thread.start()
@@ -66,11 +68,14 @@ def in_threads(world_size: int, function: Function, *, timeout_s: float = 30.0) 
     return results
 
 
-def in_processes(world_size: int, function: Function, *, timeout_s: float = 30.0) -> list[Any]:
-    """Calls a function with each rank of a gloo group, in a process of its own.
+def in_processes(
+    world_size: int, function: Function, *, through: str = "memory", timeout_s: float = 30.0
+) -> list[Any]:
+    """Calls a function with each rank of a group, in a process of its own.
 
     Arguments:
         function: is pickled, as its results are.
+        through: what moves the bytes: "memory" that the ranks share, "tcp", or torch's "gloo".
         timeout_s: how long a collective may wait for a peer.
 
     Returns:
@@ -83,7 +88,7 @@ def in_processes(world_size: int, function: Function, *, timeout_s: float = 30.0
     failures: dict[int, str] = {}
     running, printed = set(range(world_size)), bytearray()
     with tempfile.TemporaryDirectory(prefix="penstock-") as folder:
-        task = _Task(function, world_size, folder, timeout_s)
+        task = _Task(function, world_size, folder, through, timeout_s)
         launcher = LocalWorkers(PRELOAD, {"GLOO_SOCKET_IFNAME": "lo"})
         try:
             launcher.start(pack({"search_path": sys.path}, task), f"{__name__}:main", world_size)
@@ -114,6 +119,7 @@ class _Task:
     function: Function
     world_size: int
     folder: str
+    through: str
     timeout_s: float
 
     def result_of(self, rank: int) -> Path:
@@ -130,9 +136,16 @@ def main(fd: int) -> int:
         store = dist.FileStore(  # type: ignore[attr-defined]
             f"{task.folder}/rendezvous", task.world_size
         )
-        group = TorchGroup("gloo", store, rank, task.world_size, task.timeout_s)
+        group: Group
+        if task.through == "gloo":
+            group = TorchGroup("gloo", store, rank, task.world_size, task.timeout_s)
+        else:
+            near = task.through == "memory"
+            group = connect(
+                store, rank, task.world_size, timeout_s=task.timeout_s, share_memory=near
+            )
         result = (False, task.function(group))
-    except Exception:
+    except BaseException:  # pytest's own failures among them
         result = (True, traceback.format_exc())
     task.result_of(rank).write_bytes(pickle.dumps(result))
     return 0
