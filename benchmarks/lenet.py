@@ -4,7 +4,7 @@ peers, and seconds from the call to the first step.
     limit       two plain PyTorch loops that never talk; their sum is the physical limit
     meeting 5   the same loops, waiting for each other every 5 steps, with nothing to say: what
     meeting 1   noise alone costs those who must agree, every 5 steps or every step
-    ddp         torch's DistributedDataParallel on gloo
+    ddp         torch's DistributedDataParallel on gloo, and on the backend "penstock"
     averaging   Penstock, parameters averaged every 5 steps
     allreduce   Penstock, gradients summed every step
 
@@ -40,7 +40,8 @@ import numpy as np
 import torch
 
 from penstock import AllReduce, Averaging, Job, Worker, feed, zoo
-from penstock.exchange.torch_group import TorchGroup
+from penstock.exchange.communicator import Communicator
+from penstock.exchange.connect import connect
 from penstock.plan import Plan
 from penstock.runtime import optimizers  # noqa: F401  as in a worker
 from penstock.runtime.store import Store
@@ -74,7 +75,7 @@ def plain(x: torch.Tensor, y: torch.Tensor, wrap: Callable[[Any], Any]) -> Itera
             yield
 
 
-def meeting(loop: Iterator[None], every: int, group: TorchGroup) -> Iterator[None]:
+def meeting(loop: Iterator[None], every: int, group: Communicator) -> Iterator[None]:
     """A loop that waits for the other process every so many steps."""
     said, heard = torch.zeros(1), torch.zeros(WORKERS, 1)
     for step, _ in enumerate(loop, 1):
@@ -84,7 +85,7 @@ def meeting(loop: Iterator[None], every: int, group: TorchGroup) -> Iterator[Non
 
 
 def of_penstock(
-    strategy: AllReduce | Averaging, source: feed.Source, group: TorchGroup, folder: str
+    strategy: AllReduce | Averaging, source: feed.Source, group: Communicator, folder: str
 ) -> Iterator[None]:
     """A worker's loop that pauses after each step."""
     plan = Plan(WORKERS, 1, 0, None, "cpu", {"train": source.manifest()})
@@ -104,12 +105,17 @@ def take_turns(rank: int, data: str | None, turns: int, folder: str, queue: Any)
     x, y = x[rank::WORKERS], y[rank::WORKERS]
     source = feed.mnist(data)
     store = torch.distributed.FileStore(f"{folder}/rendezvous", WORKERS)
-    group = TorchGroup("gloo", store, rank, WORKERS, 300.0)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORKERS)
+    ours = torch.distributed.new_group(backend="penstock")
+    prefixed = torch.distributed.PrefixStore("benchmark", store)
+    group = connect(prefixed, rank, WORKERS, timeout_s=300.0)
+    ddp = torch.nn.parallel.DistributedDataParallel
     loops = {
         "limit": plain(x, y, lambda network: network),
         "meeting 5": meeting(plain(x, y, lambda network: network), 5, group),
         "meeting 1": meeting(plain(x, y, lambda network: network), 1, group),
-        "ddp": plain(x, y, torch.nn.parallel.DistributedDataParallel),
+        "ddp": plain(x, y, ddp),
+        "ddp, penstock": plain(x, y, functools.partial(ddp, process_group=ours)),
         "averaging": of_penstock(Averaging(every=5), source, group, folder),
         "allreduce": of_penstock(AllReduce(), source, group, folder),
     }

@@ -169,10 +169,10 @@ def test_what_cannot_be_is_an_error_that_says_what_to_do(ranks: Ranks) -> None:
 
 
 def test_registering_again_is_harmless() -> None:
-    from penstock.exchange import process_group
+    from penstock import torch_backend
 
     before = torch.distributed.Backend._plugins["PENSTOCK"]
-    process_group.register()
+    torch_backend.register()
     assert torch.distributed.Backend._plugins["PENSTOCK"] is before
     assert "cpu" not in torch.distributed.Backend.backend_capability.get("nccl", [])
     assert torch.distributed.Backend.default_device_backend_map["cpu"] == "gloo"

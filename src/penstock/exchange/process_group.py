@@ -1,7 +1,6 @@
 """The torch.distributed backend "penstock": any PyTorch program's collectives on a `Communicator`.
 
-`register()` makes `torch.distributed.init_process_group("penstock")` known; importing this module
-does it. torch takes a group that is a Python class whole, for all devices: CPU tensors go to the
+torch takes a group that is a Python class whole, for all devices: CPU tensors go to the
 communicator, and CUDA tensors ("cpu:penstock,cuda:nccl") to an NCCL group inside, which is made
 when the first of them comes.
 
@@ -60,12 +59,6 @@ class Options:
 DEFAULT = Options()
 
 
-def register() -> None:
-    """Makes the backend known to torch.distributed; again is harmless."""
-    if NAME.upper() not in dist.Backend._plugins:
-        dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])
-
-
 def monitored_barrier(
     group: dist.ProcessGroup | int | None = None, timeout: timedelta | None = None
 ) -> None:
@@ -89,7 +82,7 @@ def monitored_barrier(
     group.monitored_barrier(timeout)
 
 
-def _create(options: Any, backend_options: object = None) -> PenstockGroup:
+def create(options: Any, backend_options: object = None) -> PenstockGroup:
     """torch's call, on each member of a new group; `options` is a _DistributedBackendOptions."""
     communicator = connect(
         options.store,
@@ -230,6 +223,10 @@ class PenstockGroup(_Base):  # type: ignore[misc]
 
     def _set_group_desc(self, description: str) -> None:
         self._description = description
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """See `Communicator.allocate`."""
+        return self._communicator.allocate(num_bytes)
 
     def get_group_store(self) -> Any:
         return self._store
@@ -488,6 +485,3 @@ def _together(works: Sequence[PendingWork], result: Sequence[Any]) -> PendingWor
     if not works:
         raise UserError("a coalesced collective of no tensors")
     return works[-1].of(result)
-
-
-register()
