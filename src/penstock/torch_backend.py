@@ -1,5 +1,8 @@
-"""Makes `torch.distributed.init_process_group("penstock")` known to torch, which calls `register` when
-it is imported. Nothing else of Penstock is imported before such a group is made."""
+"""Makes `torch.distributed.init_process_group("penstock")` known to torch.
+
+torch calls `register` when it is imported; nothing else of Penstock is imported before such a group
+is made.
+"""
 
 from __future__ import annotations
 

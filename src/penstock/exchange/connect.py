@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from penstock.exchange.communicator import Communicator
 from penstock.exchange.loopback import loopback
 from penstock.exchange.mailbox import Mailbox
 from penstock.exchange.peers import Peers
-from penstock.exchange.shm import ShmTransport, ranks_in_memory
+from penstock.exchange.shm import NoMemory, ShmTransport, ranks_in_memory
 from penstock.exchange.tcp import TcpTransport
 from penstock.exchange.transport import Transport
 
@@ -36,11 +37,10 @@ def connect(
         return alone()
     peers = Peers.meet(store, rank, world_size, address=address, timeout_s=timeout_s)
     near = ranks_in_memory(peers) if share_memory else [rank]
-    transport: Transport
+    transport: Transport = TcpTransport(peers)
     if len(near) == world_size:
-        transport = ShmTransport(peers, near)
-    else:
-        transport = TcpTransport(peers)
+        with contextlib.suppress(NoMemory):  # as in a container with little of it
+            transport = ShmTransport(peers, near)
     return Communicator(transport, Mailbox(peers, timeout_s), timeout_s=timeout_s)
 
 

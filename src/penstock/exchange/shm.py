@@ -33,15 +33,15 @@ from penstock.exchange.transport import Read, Views, differs, lost, misfit, stal
 
 FOLDER = "/dev/shm"
 CHUNK_BYTES = 1 << 20
-"""What a rank hands to another in one round. [measured: AMD EPYC, 1 MiB of L2 a core, 2026-11: 1.5 times
-as fast as 256 KiB]"""
+"""What a rank hands to another in one round; 1.5 times as fast as 256 KiB. [measured: AMD EPYC,
+1 MiB of L2 a core, 2026-11]"""
 SLOT_BYTES = 4 << 20
 """Chunks are smaller where a chunk for each of very many ranks would be larger than this."""
 
 _POSTED, _ASLEEP, _HEADS = 0, 64, 128  # in the segment, on cache lines of their own
 _HEAD = struct.Struct("<QQQ")  # signature, rounds, whether something is read in place
 _ENTRY = struct.Struct("<qq")  # for each rank: bytes, place
-_TEXT_BYTES, _NAME_BYTES = 256, 64
+_TEXT_BYTES, _NAME_BYTES, _NONCE_BYTES = 256, 64, 16
 _ALLOCATION = 1 << 40  # a place is allocation * this + offset, or -1 - offset in the slot
 
 _SPINS, _YIELDS = 200, 1000  # some 10 us, and some 500 us; to sleep and be woken costs 100 us
@@ -57,6 +57,10 @@ _KNOWN = 256
 
 _Wait = tuple[int, Operation, float]
 """What is waited for, and how long: sequence, operation, seconds."""
+
+
+class NoMemory(TransportError):
+    """Shared memory cannot be had, or not enough of it."""
 
 
 class _Small(NamedTuple):
@@ -80,7 +84,7 @@ class ShmTransport:
             ranks of this transport are their places in this list. All of them call this at once.
 
     Raises:
-        TransportError: the memory cannot be had.
+        NoMemory: a rank of the group cannot have its segment, on all ranks.
     """
 
     name = "memory"
@@ -97,11 +101,7 @@ class ShmTransport:
         self._heads = [_HEADS, _HEADS + head_bytes]
         slot_bytes = self._chunk * self.world_size
         slots = _whole(_HEADS + 2 * head_bytes, mmap.PAGESIZE)
-        name, own = _create(slots + 2 * slot_bytes)
-        names = peers.gather(name.encode())
-        self._maps = [own if m == peers.rank else _open(names[m].decode()) for m in members]
-        peers.gather(b"")  # all have mapped all
-        os.unlink(f"{FOLDER}/{name}")
+        self._maps = _map_all(peers, members, slots + 2 * slot_bytes)
         self._posted = [memoryview(m)[_POSTED : _POSTED + 8].cast("Q") for m in self._maps]
         self._asleep = [memoryview(m)[_ASLEEP : _ASLEEP + 4].cast("I") for m in self._maps]
         bells = [ctypes.c_uint32.from_buffer(m, _ASLEEP) for m in self._maps]
@@ -166,7 +166,7 @@ class ShmTransport:
         operation = Operation("allocate", f"{num_bytes} bytes")
         try:
             name, memory = _create(max(1, num_bytes))
-        except TransportError:
+        except NoMemory:
             name, memory = "", None
         said = torch.tensor(list(name.encode().ljust(_NAME_BYTES)), dtype=torch.uint8)
         names: list[str] = []
@@ -183,8 +183,7 @@ class ShmTransport:
         ]
         nothing = [None] * self.world_size  # all have mapped all:
         self.share(sequence, operation, nothing, [0] * self.world_size, hear, timeout_s)
-        if memory is not None:
-            os.unlink(f"{FOLDER}/{name}")
+        _unlink(name)
         if not maps:
             return None
         self._allocations.append([torch.frombuffer(m, dtype=torch.uint8) for m in maps])
@@ -407,20 +406,42 @@ def ranks_in_memory(peers: Peers) -> list[int]:
     Each writes a nonce into a segment and looks for the others': those that it finds are on its
     host. What is found is the same for all on one host, or nobody but the rank itself.
     """
-    name, nonce = "", secrets.token_bytes(16)
-    if possible():
-        name, own = _create(len(nonce))
-        own[:] = nonce
-    told = [json.loads(t) for t in peers.gather(json.dumps([name, nonce.hex()]).encode())]
-    found = [
-        rank
-        for rank, (theirs, known) in enumerate(told)
-        if rank == peers.rank or (name and theirs and _read(theirs) == bytes.fromhex(known))
-    ]
-    everyone = [json.loads(t) for t in peers.gather(json.dumps(found).encode())]
-    if name:
-        os.unlink(f"{FOLDER}/{name}")
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    try:
+        name, own = _create(_NONCE_BYTES) if possible() else ("", None)
+    except NoMemory:
+        name, own = "", None
+    try:
+        if own is not None:
+            own[:] = nonce
+        told = [json.loads(t) for t in peers.gather(json.dumps([name, nonce.hex()]).encode())]
+        found = [
+            rank
+            for rank, (theirs, known) in enumerate(told)
+            if rank == peers.rank or (name and theirs and _read(theirs) == bytes.fromhex(known))
+        ]
+        everyone = [json.loads(t) for t in peers.gather(json.dumps(found).encode())]
+    finally:
+        _unlink(name)
     return found if all(everyone[rank] == found for rank in found) else [peers.rank]
+
+
+def _map_all(peers: Peers, members: Sequence[int], num_bytes: int) -> list[mmap.mmap]:
+    """A new segment of each member, mapped here; their names are gone on return."""
+    failed = ""
+    try:
+        name, own = _create(num_bytes)
+    except NoMemory as error:
+        name, own, failed = "", None, str(error)
+    try:
+        names = [told.decode() for told in peers.gather(name.encode())]
+        if "" in names:
+            raise NoMemory(failed or f"rank {names.index('')} cannot have shared memory")
+        maps = [own if m == peers.rank and own else _open(names[m]) for m in members]
+        peers.gather(b"")  # all have mapped all
+        return maps
+    finally:
+        _unlink(name)
 
 
 def _alike(own: torch.Tensor, parts: Views, sizes: Sequence[int]) -> bool:
@@ -436,18 +457,27 @@ def _create(num_bytes: int) -> tuple[str, mmap.mmap]:
     """A new segment, of zeros, and its name."""
     name = f"penstock-{secrets.token_hex(16)}"
     path = f"{FOLDER}/{name}"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise NoMemory(f"no file can be made in {FOLDER}: {error}") from error
     try:
         os.posix_fallocate(fd, 0, num_bytes)  # else writing to a full disk kills the process
         return name, mmap.mmap(fd, num_bytes)
     except OSError as error:
         os.unlink(path)
-        raise TransportError(
+        raise NoMemory(
             f"{num_bytes:,} bytes of shared memory cannot be had in {FOLDER}: {error}",
             hint="more room there, such as --shm-size of a container",
         ) from error
     finally:
         os.close(fd)
+
+
+def _unlink(name: str) -> None:
+    """The name of a segment goes; those who have mapped it keep it."""
+    if name:
+        os.unlink(f"{FOLDER}/{name}")
 
 
 def _open(name: str) -> mmap.mmap:
@@ -463,7 +493,7 @@ def _read(name: str) -> bytes:
     """The first bytes of a segment; nothing where it is not to be seen."""
     try:
         with open(f"{FOLDER}/{name}", "rb") as file:
-            return file.read(16)
+            return file.read(_NONCE_BYTES)
     except OSError:
         return b""
 
