@@ -54,6 +54,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from penstock import AllReduce
+from penstock.exchange.agreement import Clip
+from penstock.exchange.gradients import GradientAgreement
 from penstock.testing.hosts import Hosts, hosts, unavailable
 
 TURN_S = 0.2
@@ -177,6 +180,7 @@ class Training:
         layers = [torch.nn.Linear(2048, 2048) for _ in range(5)]
         self.network: torch.nn.Module = TRAINERS[name](torch.nn.Sequential(*layers))
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-3)
+        self.agreement = self.agree() if name == "AllReduce" else None
         torch.manual_seed(place()[0])
         self.x, self.y = torch.randn(2, 8, 2048)
 
@@ -186,14 +190,39 @@ class Training:
             dist.barrier()
         began = time.perf_counter()
         for _ in range(calls):
-            self.optimizer.zero_grad()
-            torch.nn.functional.mse_loss(self.network(self.x), self.y).backward()
-            self.optimizer.step()
+            if self.agreement is None:
+                self.optimizer.zero_grad()
+            else:
+                self.agreement.activate(0)
+            loss = torch.nn.functional.mse_loss(self.network(self.x), self.y)
+            if self.agreement is None:
+                loss.backward()
+                self.optimizer.step()
+            else:
+                self.agreement.backward(loss, len(self.x), True)
+                self.agreement.commit(1)
         seconds = time.perf_counter() - began
         digest = hashlib.blake2b()
         for param in self.network.parameters():
             digest.update(param.detach().numpy().tobytes())
         return {"seconds": seconds, "digest": digest.hexdigest()}
+
+    def agree(self) -> GradientAgreement:
+        """Penstock's own exchange of gradients, one shard on each rank."""
+        initialize("penstock")
+        group: Any = dist.group.WORLD
+        rank, world_size = place()
+        return GradientAgreement(
+            group.communicator,
+            list(self.network.named_parameters()),
+            self.optimizer,
+            range(rank, rank + 1),
+            world_size,
+            bucket_bytes=AllReduce().bucket_bytes,
+            borders=None,
+            clip=Clip(),
+            where=lambda shard: f"shard {shard}",
+        )
 
 
 def ddp(backend: str, network: torch.nn.Module) -> torch.nn.Module:
@@ -205,6 +234,7 @@ TRAINERS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
     "alone": lambda network: network,
     "ddp on gloo": functools.partial(ddp, "gloo"),
     "ddp on penstock": functools.partial(ddp, "penstock"),
+    "AllReduce": lambda network: network,
 }
 
 
@@ -431,7 +461,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="1KiB,16KiB,256KiB,4MiB,64MiB")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hosts", type=int, help="network namespaces to put the ranks on")
-    parser.add_argument("--bandwidth", type=int, help="of each host's link, bits per second")
+    parser.add_argument("--bandwidth", type=float, help="of each host's link, bits per second")
     parser.add_argument("--train", action="store_true", help="training steps between hosts")
     parser.add_argument("--only", help="contenders, separated by commas")
     parser.add_argument("--contender", help=argparse.SUPPRESS)

@@ -224,6 +224,11 @@ class PenstockGroup(_Base):  # type: ignore[misc]
     def _set_group_desc(self, description: str) -> None:
         self._description = description
 
+    @property
+    def communicator(self) -> Communicator:
+        """What moves CPU tensors; its collectives and those of this group take turns."""
+        return self._communicator
+
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """See `Communicator.allocate`."""
         return self._communicator.allocate(num_bytes)
