@@ -34,6 +34,7 @@ RUNS: dict[str, Run] = {
     "loopback": in_threads,
     "memory": partial(in_processes, through="memory"),
     "tcp": partial(in_processes, through="tcp"),
+    "hosts": partial(in_processes, through="hosts"),
 }
 
 
@@ -220,6 +221,10 @@ def strides(group: Communicator) -> None:
     group.all_reduce(columns[:, ::2]).wait()
     assert torch.equal(columns[:, ::2], total[:, ::2])
     assert torch.equal(columns[:, 1::2], base[:, 1::2]), "what lies between stays as it is"
+    # Contiguous, with strides of its own for the dim of one channel.
+    images = torch.ones(4, 1, 3, 3).to(memory_format=torch.channels_last) * rank
+    group.broadcast(images, 1, sync=True)
+    assert (images == 1).all()
     number = torch.tensor(3.0 * rank)
     group.all_reduce(number, sync=True)
     assert number.item() == 3.0 * sum(range(world_size))

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 
@@ -19,6 +21,7 @@ from penstock.errors import TransportError, UserError
 from penstock.exchange import collectives
 from penstock.exchange.collectives import Call
 from penstock.exchange.mailbox import Letter, Mailbox
+from penstock.exchange.network import Network
 from penstock.exchange.operation import Operation
 from penstock.exchange.reduction import SUM, Reduction, Total
 from penstock.exchange.transport import Transport, aborted
@@ -78,6 +81,36 @@ class _Done(Work):
 DONE = _Done()
 
 
+class Observer(Protocol):
+    """Hears of a communicator's collectives; times in ns, from `time.perf_counter_ns`."""
+
+    def ran(
+        self, operation: Operation, sequence: int, issued_ns: int, began_ns: int, ended_ns: int
+    ) -> None:
+        """A collective has run, well or not, in the thread that calls this."""
+        ...
+
+    def waited(self, operation: Operation, sequence: int, began_ns: int, ended_ns: int) -> None:
+        """The thread that calls this has waited for a collective."""
+        ...
+
+
+class _Observed(Work):
+    """A collective under way, of whose waits an observer hears."""
+
+    def __init__(self, observer: Observer, call: Call) -> None:
+        super().__init__()
+        self._observer, self._call = observer, call
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        began_ns = time.perf_counter_ns()
+        try:
+            super().wait(timeout_s)
+        finally:
+            ended_ns, call = time.perf_counter_ns(), self._call
+            self._observer.waited(call.operation, call.sequence, began_ns, ended_ns)
+
+
 Run = Callable[[Call], None]
 
 
@@ -92,6 +125,8 @@ class Communicator:
         transport: moves the bytes; closed with the communicator.
         mailbox: for `send` and `receive`; None where there are none.
         timeout_s: how long a collective may wait for others.
+        network: what the group knows of its links, and the topologies that it takes for them; None
+            where everything goes to everyone at once.
 
     Raises (all collectives, when they are issued):
         UserError: a tensor or reduction that cannot be.
@@ -99,18 +134,26 @@ class Communicator:
     """
 
     def __init__(
-        self, transport: Transport, mailbox: Mailbox | None = None, *, timeout_s: float
+        self,
+        transport: Transport,
+        mailbox: Mailbox | None = None,
+        *,
+        timeout_s: float,
+        network: Network | None = None,
     ) -> None:
         self.rank = transport.rank
         self.world_size = transport.world_size
         self.hosts = transport.hosts
         self.timeout_s = timeout_s
+        self.network = network
         self.through = transport.name
         """What moves the bytes: "loopback", "memory", "tcp"."""
+        self.observer: Observer | None = None
+        """Hears of collectives issued from now on; not of `send` and `receive`."""
         self._transport, self._mailbox = transport, mailbox
         self._turn = threading.Lock()
         self._sequence, self._unfinished = 0, 0
-        self._queue: queue.SimpleQueue[tuple[Run, Call, Work] | None] | None = None
+        self._queue: queue.SimpleQueue[tuple[Run, Call, Work, int] | None] | None = None
         self._thread: threading.Thread | None = None
         self._error: TransportError | None = None
 
@@ -274,13 +317,13 @@ class Communicator:
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """Memory, zeros, uint8 (num_bytes,): what lies in it is reduced in place by the ranks of
         this host, if all of them give such tensors to a collective. Ordinary memory where they
-        share none. Collective."""
+        share none. Collective; ranks need not take as much as each other."""
         found: list[torch.Tensor | None] = []
 
         def run(call: Call) -> None:
             found.append(call.transport.allocate(num_bytes, call.sequence, call.timeout_s))
 
-        self._issue(_operation("allocate", f"{num_bytes} bytes"), run, True)
+        self._issue(_operation("allocate", ""), run, True)
         memory = found[0]
         return torch.zeros(num_bytes, dtype=torch.uint8) if memory is None else memory
 
@@ -304,16 +347,20 @@ class Communicator:
     def _issue(
         self, operation: Operation, run: Run, sync: bool, timeout_s: float | None = None
     ) -> Work:
+        observer = self.observer
+        issued_ns = 0 if observer is None else time.perf_counter_ns()
         with self._turn:
             if self._error is not None:
                 raise self._error
             self._sequence += 1
-            call = Call(self._transport, self._sequence, operation, timeout_s or self.timeout_s)
+            table = None if self.network is None else self.network.table
+            wait_s = timeout_s or self.timeout_s
+            call = Call(self._transport, self._sequence, operation, wait_s, table)
             if sync and not self._unfinished:
-                if (error := self._run(run, call)) is not None:
+                if (error := self._run(run, call, issued_ns)) is not None:
                     raise error
                 return DONE
-            work = Work()
+            work = Work() if observer is None else _Observed(observer, call)
             self._unfinished += 1
             if self._queue is None:
                 self._queue = queue.SimpleQueue()
@@ -321,22 +368,24 @@ class Communicator:
                     target=self._run_all, args=(self._queue,), name="penstock-group", daemon=True
                 )
                 self._thread.start()
-            self._queue.put((run, call, work))
+            self._queue.put((run, call, work, issued_ns))
         if sync:
             work.wait()
         return work
 
-    def _run_all(self, items: queue.SimpleQueue[tuple[Run, Call, Work] | None]) -> None:
+    def _run_all(self, items: queue.SimpleQueue[tuple[Run, Call, Work, int] | None]) -> None:
         """The thread: one collective after the other."""
         while (item := items.get()) is not None:
-            run, call, work = item
-            error = self._error or self._run(run, call)
+            run, call, work, issued_ns = item
+            error = self._error or self._run(run, call, issued_ns)
             with self._turn:
                 self._unfinished -= 1
             work.end(error)
 
-    def _run(self, run: Run, call: Call) -> TransportError | None:
+    def _run(self, run: Run, call: Call, issued_ns: int) -> TransportError | None:
         """Runs a collective; after an error, nothing runs any more."""
+        observer = self.observer
+        began_ns = 0 if observer is None else time.perf_counter_ns()
         try:
             run(call)
         except TransportError as error:
@@ -346,6 +395,9 @@ class Communicator:
             self._error = TransportError(f"rank {self.rank}: {what}")
             self._error.__cause__ = error
             self._transport.abort(self._error.message)
+        if observer is not None:
+            ended_ns = time.perf_counter_ns()
+            observer.ran(call.operation, call.sequence, issued_ns or began_ns, began_ns, ended_ns)
         return self._error
 
     def _is_root(self, root: int, only_there: object = ...) -> bool:
@@ -432,5 +484,5 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 def _put_back(tensor: torch.Tensor, flat: torch.Tensor) -> None:
     """What was written into a copy goes where it belongs."""
-    if tensor is not flat and not tensor.is_set_to(flat.view(tensor.shape)):
+    if tensor.data_ptr() != flat.data_ptr():
         tensor.detach().copy_(flat.view(tensor.shape))

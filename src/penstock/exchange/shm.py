@@ -163,7 +163,7 @@ class ShmTransport:
         Returns:
             uint8 (num_bytes,); None, on all ranks, where one of them cannot have so much.
         """
-        operation = Operation("allocate", f"{num_bytes} bytes")
+        operation = Operation("allocate")  # so much, or as much as another rank needs
         try:
             name, memory = _create(max(1, num_bytes))
         except NoMemory:
@@ -293,7 +293,9 @@ class ShmTransport:
         if signature != operation.signature:
             at += self._head.size
             text = bytes(theirs[at : at + _TEXT_BYTES]).decode(errors="replace").strip()
-            raise self._failed(differs(sequence, operation.text, self.rank, peer, text, self.hosts))
+            rank, other = self._named(peer)
+            hosts = self._peers.hosts
+            raise self._failed(differs(sequence, operation.text, rank, other, text, hosts))
         theirs_size, place = _ENTRY.unpack_from(theirs, at + _HEAD.size + _ENTRY.size * self.rank)
         if theirs_size != size:
             rank, other = self._named(peer)
