@@ -270,6 +270,7 @@ class Job(Section):
         resume: Any = None,
         run_dir: str | None = None,
         progress: bool = True,
+        trace: bool = False,
     ) -> Run:
         """Train.
 
@@ -282,6 +283,8 @@ class Job(Section):
                 they were, and so does its data.
             run_dir: the run's directory; default a new one in `runs`.
             progress: whether to show how the run goes on standard error.
+            trace: whether every rank writes what it did and what it waited for as
+                `trace/rank-N.json` in the run's directory, for ui.perfetto.dev.
 
         Returns:
             The Run.
@@ -291,7 +294,13 @@ class Job(Section):
         from penstock.runtime.driver import run_job
 
         return run_job(
-            self, on=on, workers=workers, resume=resume, run_dir=run_dir, progress=progress
+            self,
+            on=on,
+            workers=workers,
+            resume=resume,
+            run_dir=run_dir,
+            progress=progress,
+            trace=trace,
         )
 
 

@@ -32,6 +32,7 @@ OURS = {
     "loopback": in_threads,
     "memory": partial(in_processes, through="memory"),
     "tcp": partial(in_processes, through="tcp"),
+    "hosts": partial(in_processes, through="hosts"),
 }
 ALL = OURS | {"gloo": partial(in_processes, through="gloo")}
 
@@ -46,7 +47,7 @@ def ours(request: pytest.FixtureRequest) -> Run:
     return OURS[request.param]
 
 
-@pytest.fixture(params=["memory", "tcp"])
+@pytest.fixture(params=["memory", "tcp", "hosts"])
 def processes(request: pytest.FixtureRequest) -> Run:
     return OURS[request.param]
 
@@ -130,13 +131,13 @@ def without_rank_1(group: Group, name: str, how: str) -> tuple[str, float] | Non
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         elif how == "stopped":
-            wake = f"sleep 5; kill -CONT {os.getpid()}"
+            wake = f"sleep 2.5; kill -CONT {os.getpid()}"
             subprocess.Popen(["sh", "-c", wake], start_new_session=True)
             os.kill(os.getpid(), signal.SIGSTOP)
         elif how == "leaves":
             group.close()
         else:
-            time.sleep(6)
+            time.sleep(2.5)
         return None
     began = time.monotonic()
     with pytest.raises(TransportError) as caught:
@@ -174,18 +175,18 @@ def test_a_rank_that_is_killed_is_named_within_a_second(name: str, processes: Ru
 
 
 @pytest.mark.parametrize("how", ["stopped", "late"])
-@pytest.mark.parametrize("name", ["all_reduce", "barrier"])
+@pytest.mark.parametrize("name", ["all_reduce"])
 def test_a_rank_that_does_not_come_is_named_at_the_deadline(
     name: str, how: str, processes: Run
 ) -> None:
-    told = processes(3, partial(without_rank_1, name=name, how=how), timeout_s=2.0)
+    told = processes(3, partial(without_rank_1, name=name, how=how), timeout_s=1.0)
     for text, waited_s in (told[0], told[2]):
         assert name in text
         assert "rank 1 (on " in text
         assert "rank 0 (on " not in text, "it was there"
         assert "number 2" in text
-        assert "after 2 s" in text
-        assert 1.5 < waited_s < 4.0
+        assert "after 1 s" in text
+        assert 0.7 < waited_s < 2.5
 
 
 def late_in_threads(group: Group) -> str | None:

@@ -105,6 +105,30 @@ def test_doctor(tmp_path: Path) -> None:
     assert {"torch", "devices", "cores", "threads", "shared memory", "java", "pyspark"} <= found
 
 
+def test_doctor_measures_links(tmp_path: Path) -> None:
+    done = penstock(
+        "doctor", "--network", "--workers", "3", "--save", "links.json", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["link", "latency", "a", "message", "each", "way", "adding"]
+    assert [line.split()[0] for line in lines[1:3]] == ["memory", "tcp"]
+    assert "over TCP, 3 hosts of one worker would take:" in lines
+    chosen = {line.split()[0] for line in lines[6:]}
+    assert chosen == {
+        "all_reduce", "reduce", "broadcast", "reduce_scatter", "all_gather", "barrier"
+    }  # fmt: skip
+    saved = json.loads((tmp_path / "links.json").read_text())
+    assert saved["hosts"] == [[0, 1, 2]]
+    assert saved["near"] != saved["far"]
+
+
+def test_doctor_that_cannot_save(tmp_path: Path) -> None:
+    done = penstock("doctor", "--save", "nowhere/links.json", folder=tmp_path)
+    assert done.returncode == 2
+    assert "error: --save nowhere/links.json: " in done.stderr
+
+
 def test_examples_run(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "own_loop.py"],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from penstock.cluster.local import warm
-from penstock.errors import JobError, PenstockError
+from penstock.errors import JobError, PenstockError, RunError
 from penstock.runtime.preload import PRELOAD
 
 if TYPE_CHECKING:
@@ -73,6 +73,10 @@ def run(
     run_dir: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="The run directory to make.")
     ] = None,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Write what each rank did and waited for, for Perfetto."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a job."""
@@ -89,7 +93,7 @@ def run(
         job = Run(resume).job
     else:
         job = Job.from_yaml(job_file, overrides or [])
-    _train(job, _place(on, conf or [], ship_environment), workers, resume, run_dir, as_json)
+    _train(job, _place(on, conf or [], ship_environment), workers, resume, run_dir, as_json, trace)
 
 
 def _place(on: str, conf: list[str], ship_environment: bool) -> str | Spark:
@@ -140,12 +144,26 @@ def evaluate(run_directory: RunDirectory, as_json: AsJson = False) -> None:
 
 
 @app.command("doctor")  # whose module has that name here
-def doctor_command(as_json: AsJson = False) -> None:
+def doctor_command(
+    network: Annotated[
+        bool,
+        typer.Option("--network", help="Measure how fast processes of this machine talk instead."),
+    ] = False,
+    workers: Annotated[int, typer.Option(min=2, max=64, help="Processes, with --network.")] = 2,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --network: write the links there, as JSON."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Examine this machine: what training needs, and the fix for each thing missing."""
     from rich.console import Console
 
     from penstock.cli.doctor import examine, show
 
+    if network or save is not None:
+        _examine_network(workers, save, as_json)
+        return
     findings = examine()
     if as_json:
         print(json.dumps([vars(finding) for finding in findings], indent=1))
@@ -155,6 +173,25 @@ def doctor_command(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
+def _examine_network(workers: int, save: Path | None, as_json: bool) -> None:
+    from rich.console import Console
+
+    from penstock.cli import network
+
+    found = network.measure(workers)
+    if as_json:
+        print(json.dumps({name: links.to_json() for name, links in found.items()}, indent=1))
+    else:
+        network.show(found, Console())
+    if save is not None:
+        try:
+            save.write_text(json.dumps(network.for_planning(found).to_json(), indent=1))
+        except OSError as error:
+            raise RunError(
+                f"--save {save}: {error}", hint="name a file that can be made"
+            ) from error
+
+
 def _train(
     job: Job,
     on: str | Spark,
@@ -162,8 +199,9 @@ def _train(
     resume: str | None,
     run_dir: str | None,
     as_json: bool,
+    trace: bool = False,
 ) -> None:
-    found: Run = job.run(on=on, workers=workers, resume=resume, run_dir=run_dir)
+    found: Run = job.run(on=on, workers=workers, resume=resume, run_dir=run_dir, trace=trace)
     result = found.result
     if result["stopped"]:
         print(f"stopped early: {result['stopped']}", file=sys.stderr)
@@ -173,7 +211,8 @@ def _train(
         f"run    {found.url}   {result['step']:,} steps in {result['seconds']:.1f} s, "
         f"the first after {result['seconds_to_first_step'] or 0:.1f} s\n"
         f"       penstock evaluate {found.url}\n"
-        f"       tensorboard --logdir {found.url}",
+        f"       tensorboard --logdir {found.url}"
+        + (f"\n       open {found.url}/trace/rank-*.json in ui.perfetto.dev" if trace else ""),
         file=sys.stderr,
     )
 

@@ -1,19 +1,24 @@
 """The collectives, each made of `Transport.share`.
 
 Tensors here are flat, contiguous and on the CPU; `communicator` sees to that. What is reduced is
-reduced from all ranks' parts at once, along the fixed tree over ranks.
+reduced along the fixed tree over ranks: from all ranks' parts at once, or step by step where the
+group has a table of topologies that says so (see `Call.topology`).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
+from penstock.exchange import hierarchy
+from penstock.exchange.cost import Sums, Table
+from penstock.exchange.mixed import MixedTransport
 from penstock.exchange.operation import Operation
-from penstock.exchange.reduction import Combine
+from penstock.exchange.reduction import Combine, Reduction
+from penstock.exchange.schedules import Buffer, carry_out, cut, stepwise
+from penstock.exchange.topology import at_once, schedule
 from penstock.exchange.transport import Read, Transport, Views
 
 ONE_PHASE_BYTES = 64 << 10
@@ -22,6 +27,7 @@ ONE_PHASE_BYTES = 64 << 10
 
 
 _BYTE = torch.zeros(1, dtype=torch.uint8)
+_AT_ONCE = "all to all"
 
 
 class Call(NamedTuple):
@@ -31,6 +37,7 @@ class Call(NamedTuple):
     sequence: int
     operation: Operation
     timeout_s: float
+    table: Table | None = None
 
     def share(
         self,
@@ -42,9 +49,32 @@ class Call(NamedTuple):
         given = _each(parts, as_bytes)
         self.transport.share(self.sequence, self.operation, given, sizes, read, self.timeout_s)
 
+    def topology(self, collective: str, num_bytes: int, otherwise: str, sums: Sums = "any") -> str:
+        """The table's choice for a buffer of so many bytes; `otherwise` where there is no table."""
+        if self.table is None:
+            return otherwise
+        return self.table.topology(collective, num_bytes, sums=sums)
+
+    def follow(
+        self,
+        collective: str,
+        topology: str,
+        buffer: Buffer = (),
+        combine: Combine | None = None,
+        root: int = 0,
+    ) -> None:
+        """Carries out a topology step by step; `combine` is of partial sums (`stepwise`)."""
+        rank, world_size = self.transport.rank, self.transport.world_size
+        hosts = () if self.table is None else self.table.hosts
+        steps = schedule(collective, topology, world_size, rank, root=root, hosts=hosts)
+        carry_out(steps, self.share, rank, world_size, buffer, combine)
+
 
 def barrier(call: Call) -> None:
     """Returns when all have come here."""
+    if (topology := call.topology("barrier", 0, _AT_ONCE)) != _AT_ONCE:
+        call.follow("barrier", topology)
+        return
     world_size = call.transport.world_size
     call.share([_BYTE] * world_size, [1] * world_size, _ignore)
 
@@ -59,14 +89,27 @@ def all_reduce(
         out: (n,); may be the source.
         shared: whether the source is read by others where it lies, on all ranks.
     """
-    rank, world_size = call.transport.rank, call.transport.world_size
-    if source.nbytes <= ONE_PHASE_BYTES or (world_size == 2 and not shared):
-        reduce_to_all(call, source, out, combine)
+    if isinstance(call.transport, MixedTransport) and hierarchy.all_reduce(
+        call.transport, call.sequence, call.operation, source, out, combine, call.timeout_s
+    ):
         return
-    borders = cut(len(out), out.itemsize, world_size)
-    pieces = [out[start:stop] for start, stop in borders]
-    reduce_scatter(call, [source[start:stop] for start, stop in borders], pieces[rank], combine)
-    all_gather(call, pieces[rank], pieces)
+    rank, world_size = call.transport.rank, call.transport.world_size
+    one_phase = source.nbytes <= ONE_PHASE_BYTES or (world_size == 2 and not shared)
+    topology = "gather" if one_phase else "direct"
+    if not shared:
+        topology = call.topology("all_reduce", source.nbytes, topology, _sums(combine, out.dtype))
+    if topology == "gather":
+        reduce_to_all(call, source, out, combine)
+    elif topology == "direct":
+        borders = cut(len(out), out.itemsize, world_size)
+        pieces = [out[start:stop] for start, stop in borders]
+        sources = [source[start:stop] for start, stop in borders]
+        _reduce_to_each(call, sources, pieces[rank], combine)
+        _give_to_all(call, pieces[rank], pieces)
+    else:
+        if out is not source:
+            out.copy_(source)
+        _reduce_along(call, "all_reduce", topology, out, out, combine)
 
 
 def reduce_to_all(call: Call, source: torch.Tensor, out: torch.Tensor, combine: Combine) -> None:
@@ -79,6 +122,12 @@ def reduce(
     call: Call, source: torch.Tensor, out: torch.Tensor | None, combine: Combine, root: int
 ) -> None:
     """Reduces the tensors of all ranks into the root's `out`."""
+    sums = _sums(combine, source.dtype)
+    if (topology := call.topology("reduce", source.nbytes, "star", sums)) != "star":
+        # Partial sums go into the root's result, and elsewhere into a copy.
+        buffer = source.clone() if out is None else out if out is source else out.copy_(source)
+        _reduce_along(call, "reduce", topology, buffer, buffer, combine, root)
+        return
     world_size = call.transport.world_size
     parts: list[torch.Tensor | None] = [None] * world_size
     parts[root] = source
@@ -92,12 +141,22 @@ def reduce_scatter(
     call: Call, sources: Sequence[torch.Tensor], out: torch.Tensor, combine: Combine
 ) -> None:
     """Reduces into `out` what all ranks have for this one; sources[r] is for rank r."""
-    sizes = [out.nbytes] * call.transport.world_size
-    call.share(sources, sizes, _reducing(combine, out))
+    num_bytes, sums = sum(source.nbytes for source in sources), _sums(combine, out.dtype)
+    topology = call.topology("reduce_scatter", num_bytes, "direct", sums)
+    if topology == "direct":
+        _reduce_to_each(call, sources, out, combine)
+        return
+    pieces = [source.clone() for source in sources]  # for partial sums
+    own = pieces[call.transport.rank]
+    _reduce_along(call, "reduce_scatter", topology, pieces, own, combine)
+    out.copy_(own)
 
 
 def broadcast(call: Call, tensor: torch.Tensor, root: int) -> None:
     """Gives the root's tensor to all others, in place."""
+    if (topology := call.topology("broadcast", tensor.nbytes, "star")) != "star":
+        call.follow("broadcast", topology, tensor, root=root)
+        return
     rank, world_size = call.transport.rank, call.transport.world_size
     sizes = [0] * world_size
     if rank == root:
@@ -111,8 +170,12 @@ def broadcast(call: Call, tensor: torch.Tensor, root: int) -> None:
 
 def all_gather(call: Call, source: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
     """Gives each rank's tensor to all; outputs[rank] may be the source itself."""
-    world_size = call.transport.world_size
-    call.share([source] * world_size, [out.nbytes for out in outputs], _copying(outputs))
+    topology = call.topology("all_gather", sum(out.nbytes for out in outputs), "direct")
+    if topology == "direct":
+        _give_to_all(call, source, outputs)
+        return
+    outputs[call.transport.rank].copy_(source)
+    call.follow("all_gather", topology, outputs)
 
 
 def gather(
@@ -146,17 +209,49 @@ def all_to_all(
     call.share(sources, [out.nbytes for out in outputs], _copying(outputs))
 
 
-def cut(length: int, itemsize: int, parts: int) -> list[tuple[int, int]]:
-    """Borders of so many about equal runs of [0, length); each starts on a cache line."""
-    step = max(1, 64 // itemsize)
-    lines = -(-length // step)
-    marks = [min(length, lines * part // parts * step) for part in range(parts + 1)]
-    return list(itertools.pairwise(marks))
-
-
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A flat tensor's bytes, uint8 (bytes,), in place."""
     return tensor if tensor.dtype == torch.uint8 else tensor.view(torch.uint8)
+
+
+def _sums(combine: Combine, dtype: torch.dtype) -> Sums:
+    """What a reduction asks of a topology. Floats keep the fixed tree's bits whatever way they go,
+    so that the table, which is of measured times, decides on nothing but time."""
+    if not isinstance(combine, Reduction):  # over shards, which only all parts together tell
+        return "once"
+    if combine.op in ("min", "max") or not (dtype.is_floating_point or dtype.is_complex):
+        return "any"
+    return "once" if dtype.itemsize == 2 else "exact"
+
+
+def _reduce_along(
+    call: Call,
+    collective: str,
+    topology: str,
+    buffer: Buffer,
+    out: torch.Tensor,
+    combine: Combine,
+    root: int = 0,
+) -> None:
+    """Reduces step by step; `out` is the part of the buffer in which the result will be."""
+    divides, world_size = False, call.transport.world_size
+    if not at_once(topology, world_size):
+        combine, divides = stepwise(combine)
+    call.follow(collective, topology, buffer, combine, root)
+    if divides:
+        out.div_(world_size)
+
+
+def _reduce_to_each(
+    call: Call, sources: Sequence[torch.Tensor], out: torch.Tensor, combine: Combine
+) -> None:
+    sizes = [out.nbytes] * call.transport.world_size
+    call.share(sources, sizes, _reducing(combine, out))
+
+
+def _give_to_all(call: Call, source: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
+    world_size = call.transport.world_size
+    call.share([source] * world_size, [out.nbytes for out in outputs], _copying(outputs))
 
 
 def _each(

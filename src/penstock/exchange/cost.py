@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -97,6 +97,23 @@ class Links:
         for host, ranks in enumerate(self.hosts):
             host_of[list(ranks)] = host
         return host_of
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {"hosts": [list(ranks) for ranks in self.hosts]}
+
+    @classmethod
+    def from_json(cls, values: Any) -> Links:
+        """What `to_json` gave.
+
+        Raises:
+            RunError: it is not that; names the key, what it is, and what it should be.
+        """
+        keys = ("hosts", "near", "far", "reduce_bytes_per_s")
+        _keys("the links", values, keys)
+        near, far = (_link_from(f"links.{key}", values[key]) for key in ("near", "far"))
+        speed = _number_from("links.reduce_bytes_per_s", values["reduce_bytes_per_s"])
+        return cls(_hosts_from("links.hosts", values["hosts"]), near, far, speed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,13 +254,7 @@ class Table:
             RunError: it is not a table; names the key, what it is, and what it should be.
         """
         _keys("the table", values, ("hosts", "topologies"))
-        try:
-            hosts = tuple(
-                tuple(operator.index(rank) for rank in ranks) for ranks in values["hosts"]
-            )
-            check_hosts(hosts, sum(len(ranks) for ranks in hosts))
-        except (TypeError, ValueError) as error:
-            raise _wrong("hosts", values["hosts"], "lists that hold each rank once") from error
+        hosts = _hosts_from("hosts", values["hosts"])
         _keys("topologies", values["topologies"], TOPOLOGIES)
         rows: dict[str, dict[Sums, tuple[Row, ...]]] = {}
         for collective, kinds in values["topologies"].items():
@@ -313,6 +324,28 @@ def _rows_from(key: str, values: Any, collective: str, hosts: Hosts, sums: Sums)
         border = up_to
         rows.append(Row(up_to, topology))
     return tuple(rows)
+
+
+def _hosts_from(key: str, values: Any) -> Hosts:
+    try:
+        hosts = tuple(tuple(operator.index(rank) for rank in ranks) for ranks in values)
+        check_hosts(hosts, sum(len(ranks) for ranks in hosts))
+    except (TypeError, ValueError) as error:
+        raise _wrong(key, values, "lists that hold each rank once") from error
+    return hosts
+
+
+def _link_from(key: str, values: Any) -> Link:
+    names = [field.name for field in fields(Link)]
+    _keys(key, values, names)
+    return Link(*(_number_from(f"{key}.{name}", values[name]) for name in names))
+
+
+def _number_from(key: str, value: Any) -> float:
+    least = 1.0 if key.endswith("bytes_per_s") else 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e18:
+        raise _wrong(key, value, f"a number of at least {least:g}")
+    return float(value)
 
 
 def _keys(key: str, values: Any, expected: Iterable[str]) -> None:

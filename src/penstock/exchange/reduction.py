@@ -43,6 +43,42 @@ class Combine(Protocol):
 
     def combine(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None: ...
 
+    def grouped(
+        self, groups: Sequence[Sequence[int]], dtype: torch.dtype
+    ) -> tuple[list[Combine], Combine] | None:
+        """Takes it apart: what combines each group's parts, and what then combines the groups'.
+
+        Arguments:
+            groups: of ranks; each rank is in one of them.
+
+        Returns:
+            None where the result would not have the same bits.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _Ordered:
+    """Combines parts in one order, in their own dtype."""
+
+    operator: _Operator
+    order: tree.Order
+    divisor: int = 1
+
+    def combine(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        for pieces, piece in _pieces(parts, out):
+            _fold(self.operator, self.order, pieces, piece)
+            if self.divisor > 1:
+                piece.div_(self.divisor)
+
+    def grouped(
+        self, groups: Sequence[Sequence[int]], dtype: torch.dtype
+    ) -> tuple[list[Combine], Combine] | None:
+        if (orders := tree.grouped(self.order, groups)) is None:
+            return None
+        inner: list[Combine] = [_Ordered(self.operator, order) for order in orders[0]]
+        return inner, _Ordered(self.operator, orders[1], self.divisor)
+
 
 @dataclass(frozen=True)
 class Reduction:
@@ -91,6 +127,20 @@ class Reduction:
                 if self.op == "avg":
                     piece.div_(len(parts))
 
+    def grouped(
+        self, groups: Sequence[Sequence[int]], dtype: torch.dtype
+    ) -> tuple[list[Combine], Combine] | None:
+        """As `Combine.grouped`; half precision would be rounded twice."""
+        operator, world_size = _OPERATORS[self.op], sum(map(len, groups))
+        exact = not (dtype.is_floating_point or dtype.is_complex)
+        if exact or self.op in ("min", "max"):  # the same in any order
+            inner: list[Combine] = [_Ordered(operator, tree.order(len(g))) for g in groups]
+            return inner, _Ordered(operator, tree.order(len(groups)))
+        if dtype in _NARROW:
+            return None
+        divisor = world_size if self.op == "avg" else 1
+        return _Ordered(operator, tree.order(world_size), divisor).grouped(groups, dtype)
+
 
 SUM = Reduction()
 
@@ -101,11 +151,13 @@ class Total:
     Arguments:
         covers: by rank, the subtree that it has summed.
         shards: in all.
+        op: how it is called.
     """
 
-    op = "sum over shards"
-
-    def __init__(self, covers: Sequence[tree.Node], shards: int) -> None:
+    def __init__(
+        self, covers: Sequence[tree.Node], shards: int, op: str = "sum over shards"
+    ) -> None:
+        self.op = op
         self._order = tree.order_of(covers, shards)
 
     def check(self, dtype: torch.dtype) -> None:
@@ -119,6 +171,12 @@ class Total:
         """As `Reduction.combine`."""
         for pieces, piece in _pieces(parts, out):
             _fold(torch.add, self._order, pieces, piece)
+
+    def grouped(
+        self, groups: Sequence[Sequence[int]], dtype: torch.dtype
+    ) -> tuple[list[Combine], Combine] | None:
+        """As `Combine.grouped`."""
+        return _Ordered(torch.add, self._order).grouped(groups, dtype)
 
 
 def _pieces(

@@ -46,7 +46,12 @@ class ShardSum:
         self._owners = tree.assign(shards, group.world_size)
         covers = [tree.cover(shards_of, shards) for shards_of in self._owners]
         self._most = max(len(cover) for cover in covers)
-        self._total = Total([node for cover in covers for node in cover], shards)
+        nodes, number = [node for cover in covers for node in cover], len(self._buckets)
+        # Each bucket is named in errors and in traces.
+        self._totals = [
+            Total(nodes, shards, f"bucket {b + 1} of {number}, sum over shards")
+            for b in range(number)
+        ]
         self._places = [
             rank * self._most + i for rank, cover in enumerate(covers) for i in range(len(cover))
         ]
@@ -70,7 +75,7 @@ class ShardSum:
         self.headers = self._header.new_zeros(shards, header_size)
         """(shards, header_size) float64: everyone's headers after `finish`."""
         self._under_way: list[Work] = []
-        self._gathered: list[tuple[int, int, Work, torch.Tensor]] = []
+        self._gathered: list[tuple[int, Work, torch.Tensor]] = []
 
     @property
     def rows(self) -> list[torch.Tensor]:
@@ -99,12 +104,12 @@ class ShardSum:
         last = bucket + 1 == len(self._buckets)  # and so waited for at once
         if self._most == 1:
             part = self._rows[0, start:stop]
-            self._under_way.append(self._group.all_reduce(part, self._total, sync=last))
+            self._under_way.append(self._group.all_reduce(part, self._totals[bucket], sync=last))
         else:
             given = self._rows[: self._most, start:stop].contiguous()
             output = given.new_empty(self._group.world_size, *given.shape)
             work = self._group.all_gather(output, given, sync=last)
-            self._gathered.append((start, stop, work, output))
+            self._gathered.append((bucket, work, output))
         if last:
             headers = self._group.all_gather(self._headers, self._header, sync=True)
             self._under_way.append(headers)
@@ -114,10 +119,11 @@ class ShardSum:
         if self._group.world_size == 1:
             self.headers.copy_(self.header)
             return self._rows[0]
-        for start, stop, work, output in self._gathered:
+        for bucket, work, output in self._gathered:
             work.wait()
-            parts = output.flatten(0, 1)
-            self._total.combine([parts[at] for at in self._places], self._rows[0, start:stop])
+            parts, (start, stop) = output.flatten(0, 1), self._buckets[bucket]
+            here = self._rows[0, start:stop]
+            self._totals[bucket].combine([parts[at] for at in self._places], here)
         for work in self._under_way:
             work.wait()
         self._gathered.clear()

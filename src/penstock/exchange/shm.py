@@ -174,16 +174,18 @@ class ShmTransport:
         def hear(views: Views, start: int, stop: int) -> None:
             names.extend(bytes(v.tolist()).decode().strip() for v in views if v is not None)
 
-        sizes = [_NAME_BYTES] * self.world_size
-        self.share(sequence, operation, [said] * self.world_size, sizes, hear, timeout_s)
-        maps = [
-            memory if rank == self.rank else _open(name)
-            for rank, name in enumerate(names)
-            if all(names)
-        ]
-        nothing = [None] * self.world_size  # all have mapped all:
-        self.share(sequence, operation, nothing, [0] * self.world_size, hear, timeout_s)
-        _unlink(name)
+        try:
+            sizes = [_NAME_BYTES] * self.world_size
+            self.share(sequence, operation, [said] * self.world_size, sizes, hear, timeout_s)
+            maps = [
+                memory if rank == self.rank else _open(name)
+                for rank, name in enumerate(names)
+                if all(names)
+            ]
+            nothing = [None] * self.world_size  # all have mapped all:
+            self.share(sequence, operation, nothing, [0] * self.world_size, hear, timeout_s)
+        finally:
+            _unlink(name)
         if not maps:
             return None
         self._allocations.append([torch.frombuffer(m, dtype=torch.uint8) for m in maps])

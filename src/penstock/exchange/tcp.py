@@ -25,7 +25,8 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -55,6 +56,9 @@ SAY_S = 1.0
 """After how long a rank tells the others that it waits."""
 EXPLAIN_S = 0.2
 """How long a closed data socket may wait for `Peers` to hear why."""
+
+Chunks = Iterator[tuple[Views, int, int]]
+"""What `Read` is called with, again and again."""
 
 
 class TcpTransport:
@@ -88,12 +92,38 @@ class TcpTransport:
         read: Read,
         timeout_s: float,
     ) -> None:
+        with self.flow(sequence, operation, parts, sizes, timeout_s) as chunks:
+            for views, start, stop in chunks:
+                read(views, start, stop)
+
+    @contextmanager
+    def flow(
+        self,
+        sequence: int,
+        operation: Operation,
+        parts: Views,
+        sizes: Sequence[int],
+        timeout_s: float,
+        at_least: int = 0,
+    ) -> Iterator[Chunks]:
+        """A share that is read at the caller's pace: within it, bytes are under way already.
+
+        Arguments:
+            at_least: chunks come up to this many bytes, also where nobody has as many for this
+                rank: what this one has for others in them has gone out by then.
+
+        Yields:
+            What `read` of `share` is called with, chunk by chunk; all of it is to be taken.
+        """
         if self._failure is not None:
             raise TransportError(self._failure.message, hint=self._failure.hint)
         self._shares += 1
         turn = _Turn(sequence, operation, self._shares, timeout_s)
         try:
-            self._share(turn, parts, sizes, read)
+            sources, longest = self._begin(turn, parts, sizes)
+            yield self._chunks(turn, parts[self.rank], sources, max(longest, at_least))
+            while turn.sending:
+                self._move(turn)
         except BaseException as error:
             self._fail(turn, error)
             raise
@@ -113,11 +143,13 @@ class TcpTransport:
             self._failure = TransportError(f"rank {self.rank} has left the group")
         self._peers.close()
 
-    def _share(self, turn: _Turn, parts: Views, sizes: Sequence[int], read: Read) -> None:
+    def _begin(self, turn: _Turn, parts: Views, sizes: Sequence[int]) -> tuple[list[_Link], int]:
+        """Sends and receives what goes at once; returns who has bytes for this rank, and the
+        largest number of them, the own ones included."""
         if turn.began >= self._look_at:
             self._look(turn, turn.began)
         own = parts[self.rank]
-        own_bytes = longest = 0 if own is None else own.numel()
+        longest = 0 if own is None else own.numel()
         sources: list[_Link] = []
         for link in self._links:
             part, num_bytes = parts[link.peer], sizes[link.peer]
@@ -126,27 +158,34 @@ class TcpTransport:
                 turn.sending += link.give(turn.header(len(body)), body)
             if num_bytes:
                 link.expect(turn.header(num_bytes), num_bytes)
+                turn.receiving += link.open(0)
                 sources.append(link)
                 longest = max(longest, num_bytes)
         turn.unconfirmed += sources
         # What is large comes piecemeal: spinning for each piece would take a core from training.
         turn.spin_until = turn.began + (SPIN_S if longest <= PIECE_BYTES else 0.0)
+        self._transfer(turn)
+        return sources, longest
+
+    def _chunks(
+        self, turn: _Turn, own: torch.Tensor | None, sources: Sequence[_Link], longest: int
+    ) -> Chunks:
+        """Each chunk when it is there: its views, where it starts, where it stops."""
         chunk = self._links[0].chunk_bytes if self._links else max(1, longest)
         for number, start in enumerate(range(0, longest, chunk)):
             stop = min(start + chunk, longest)
-            for link in sources:
-                turn.receiving += link.open(start)
-            # `read` may write over this rank's part, whose bytes must then have gone out.
+            if start:
+                for link in sources:
+                    turn.receiving += link.open(start)
+            # Who reads may write over this rank's part, whose bytes must then have gone out.
             while turn.receiving or not all(s.has_sent(number) for s in turn.sending):
                 self._move(turn)
             views: list[torch.Tensor | None] = [None] * self.world_size
             for link in sources:
                 views[link.peer] = link.view(start)
-            if own is not None and start < own_bytes:
+            if own is not None and start < len(own):
                 views[self.rank] = own[start:stop]
-            read(views, start, stop)
-        while turn.sending:
-            self._move(turn)
+            yield views, start, stop
 
     def _move(self, turn: _Turn) -> None:
         """Sends and receives what goes at once; where nothing does, waits a little."""

@@ -117,6 +117,44 @@ def order_of(subtrees: Sequence[Node], shards: int) -> Order:
     return below((0, shards))
 
 
+def grouped(order: Order, groups: Sequence[Sequence[int]]) -> tuple[list[Order], Order] | None:
+    """Takes an order apart into what groups of parts can do by themselves, and what is left.
+
+    Arguments:
+        groups: of parts; each part is in one of them.
+
+    Returns:
+        The order within each group, of its parts by their places in it, and that of the groups'
+        results; None where some group's parts are not combined with each other alone.
+    """
+    numbers = {frozenset(group): number for number, group in enumerate(groups)}
+    places = {part: place for group in groups for place, part in enumerate(group)}
+    within: list[Order] = [-1] * len(groups)
+
+    def placed(below: Order) -> Order:
+        if isinstance(below, int):
+            return places[below]
+        return placed(below[0]), placed(below[1])
+
+    def outside(below: Order) -> Order | None:
+        number = numbers.get(frozenset(_parts(below)))
+        if number is not None:
+            within[number] = placed(below)
+            return number
+        if isinstance(below, int):
+            return None
+        left, right = outside(below[0]), outside(below[1])
+        return None if left is None or right is None else (left, right)
+
+    between = outside(order)
+    return None if between is None else (within, between)
+
+
+def _parts(order: Order) -> list[int]:
+    """All parts of an order."""
+    return [order] if isinstance(order, int) else _parts(order[0]) + _parts(order[1])
+
+
 def tree_sum(values: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of one tensor per shard along the tree; a reference for tests and small things."""
     out = torch.empty_like(values[0])

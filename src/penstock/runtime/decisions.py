@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from penstock.errors import DataError, JobError, RunError
+from penstock.exchange.network import Network
 from penstock.feed import Manifest
 from penstock.plan import Plan
 from penstock.runtime.checkpoint import latest
 from penstock.runtime.run import Run
 from penstock.runtime.store import Store
 from penstock.runtime.worker import Settings
+
+NETWORK = "network.json"
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,26 @@ def decided(store: Store, settings: Settings) -> tuple[Plan, int | None]:
             hint="a run keeps its strategy; begin a new one",
         )
     return plan, None if saved is None else saved.step
+
+
+def frozen_network(store: Store) -> Network | None:
+    """What the run's workers measured when they first met, if they were on more than one host.
+
+    It is taken as long as the workers are on the same hosts; `connect` sees to that.
+
+    Raises:
+        RunError: what is there is not what was written.
+    """
+    if not store.exists(NETWORK):
+        return None
+    try:
+        return Network.from_json(json.loads(store.read(NETWORK)))
+    except (ValueError, RunError) as error:
+        why = error.message if isinstance(error, RunError) else str(error)
+        raise RunError(
+            f"{store.url}/{NETWORK}: {why}",
+            hint="put back what was there, or delete it: the network is then measured anew",
+        ) from error
 
 
 def check_unchanged(plan: Plan, manifests: Mapping[str, Manifest]) -> None:

@@ -21,7 +21,14 @@ from penstock.job import AllReduce, Averaging, Job
 from penstock.plan import Plan
 from penstock.runtime import entry, loop, payload
 from penstock.runtime.checkpoint import latest
-from penstock.runtime.decisions import Wanted, check_unchanged, decide, decided, new_directory
+from penstock.runtime.decisions import (
+    Wanted,
+    check_unchanged,
+    decide,
+    decided,
+    frozen_network,
+    new_directory,
+)
 from penstock.runtime.entry import Assignment
 from penstock.runtime.membership import Membership
 from penstock.runtime.place import Asked, Here, OnSpark, at
@@ -46,6 +53,7 @@ def run_job(
     resume: Any = None,
     run_dir: str | None = None,
     progress: bool = True,
+    trace: bool = False,
 ) -> Run:
     """Trains a Job; see `Job.run`."""
     sources = {"train": job.train.make()}
@@ -57,6 +65,7 @@ def run_job(
         scalars_every=job.events.scalars_every,
         histograms_every=job.events.histograms_every,
         clip=Clip() if job.clip is None else Clip(job.clip.norm, job.clip.value),
+        trace=trace,
     )
     wanted = Wanted(
         name=job.name,
@@ -102,6 +111,7 @@ def launch(
     resume: Any = None,
     run_dir: str | None = None,
     progress: bool = True,
+    trace: bool = False,
     **sources: Source,
 ) -> Run:
     """Runs one's own training loop on every worker.
@@ -114,6 +124,7 @@ def launch(
         resume: a run, or its directory, to go on from.
         run_dir: the run's directory; default a new one in `runs`.
         progress: whether to show how the run goes on standard error.
+        trace: whether every rank writes a trace, as in `Job.run`.
 
     Returns:
         The Run.
@@ -125,7 +136,9 @@ def launch(
                 hint="sources come from penstock.feed, such as feed.arrays(x, y)",
             )
     chosen = AllReduce() if strategy is None else strategy
-    settings = Settings(chosen, keep=keep, histograms_every=histograms_every, clip=clip or Clip())
+    settings = Settings(
+        chosen, keep=keep, histograms_every=histograms_every, clip=clip or Clip(), trace=trace
+    )
     word = name or getattr(function, "__name__", "run").strip("<>")
     wanted = Wanted(
         name=word,
@@ -284,6 +297,7 @@ class _Generations:
             self.resume_step,
             backend,
             TIMEOUT_S,
+            frozen_network(self.store),
         )
         return payload.pack(self.head, assignment), self.place.environment(self.plan.threads)
 

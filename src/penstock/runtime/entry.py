@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 
 from penstock.cluster.channel import Channel, Message
 from penstock.errors import PenstockError, RunError, TransportError
+from penstock.exchange.communicator import Communicator
 from penstock.exchange.connect import alone, connect
 from penstock.exchange.group import Group
+from penstock.exchange.network import Network
 from penstock.exchange.torch_group import TorchGroup
 from penstock.feed import Source
 from penstock.plan import Plan
@@ -27,6 +29,8 @@ from penstock.runtime.rendezvous import Rendezvous, interface_of
 from penstock.runtime.shards import seed
 from penstock.runtime.store import Store
 from penstock.runtime.worker import Interrupt, Settings, Worker
+from penstock.watch import trace as traces
+from penstock.watch.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Assignment:
         resume_step: the checkpoint to go on from, or None.
         backend: of torch.distributed for tensors on GPUs: "nccl", or "gloo" where workers share.
         timeout_s: how long a collective may wait for a peer.
+        network: as it was measured when the run began, or None.
     """
 
     function: Callable[[Worker], None]
@@ -53,6 +58,7 @@ class Assignment:
     resume_step: int | None
     backend: str
     timeout_s: float
+    network: Network | None
 
 
 def main(fd: int) -> int:
@@ -65,7 +71,7 @@ def main(fd: int) -> int:
     channel = Channel(tuple(packed.head["address"]), packed.head["token"], hello)
     try:
         assignment: Assignment = packed.load()
-        stopped = _work(assignment, rank, channel)
+        stopped = _work(assignment, rank, generation, channel)
     except BaseException as error:
         channel.send(_failure(error))
         return 1
@@ -85,7 +91,7 @@ def head(
     return {"address": address, "token": token, "search_path": search_path}
 
 
-def _work(job: Assignment, rank: int, channel: Channel) -> str | None:
+def _work(job: Assignment, rank: int, generation: int, channel: Channel) -> str | None:
     torch.set_num_threads(job.plan.threads)
     keep_freed_memory()
     store = Store(job.run_url)
@@ -94,9 +100,38 @@ def _work(job: Assignment, rank: int, channel: Channel) -> str | None:
             f"the run directory {job.run_url} is not to be seen from {socket.gethostname()}",
             hint="runs: a folder that all nodes share, or a URL such as hdfs://... or s3://...",
         )
+    traced = _traced(store, rank, generation) if job.settings.trace else nullcontext()
+    with traced as trace:
+        return _train(job, rank, channel, store, trace)
+
+
+@contextmanager
+def _traced(store: Store, rank: int, generation: int) -> Iterator[Trace]:
+    """A trace that is written when the work ends, however it does."""
+    again = f".generation-{generation}" if generation > 1 else ""
+    name, trace = f"{traces.FOLDER}/rank-{rank}{again}.json", Trace(rank)
+    store.write(name, trace.to_json())  # where that cannot be, it is said before any training
+    try:
+        yield trace
+    except BaseException:
+        with suppress(RunError):  # what ended the work is what counts
+            store.write(name, trace.to_json())
+        raise
+    store.write(name, trace.to_json())
+
+
+def _train(
+    job: Assignment, rank: int, channel: Channel, store: Store, trace: Trace | None
+) -> str | None:
     saved = None if job.resume_step is None else Checkpoint(store, job.resume_step)
     rendezvous = Rendezvous(channel, job.timeout_s)
+    if trace is not None:
+        trace.begin("wait for all ranks to meet")
     group = _join(job, rank, channel, rendezvous)
+    if trace is not None:
+        trace.end()
+    if isinstance(group, Communicator):
+        group.observer = trace
     early = rendezvous.instructions
 
     def receive() -> list[Message]:
@@ -113,9 +148,10 @@ def _work(job: Assignment, rank: int, channel: Channel) -> str | None:
         saved,
         channel.send,
         receive,
+        trace,
     )
     seed(job.plan.seed, 0)  # a network may be made before `worker.prepare`
-    with contextlib.suppress(Interrupt):
+    with suppress(Interrupt):
         job.function(worker)
     worker.finish()
     group.barrier()
@@ -130,7 +166,17 @@ def _join(job: Assignment, rank: int, channel: Channel, rendezvous: Rendezvous) 
         return alone()
     if job.plan.device == "cpu":
         address = channel.local_address  # by which peers reach this machine as well
-        return connect(rendezvous, rank, job.workers, timeout_s=job.timeout_s, address=address)
+        group = connect(
+            rendezvous,
+            rank,
+            job.workers,
+            timeout_s=job.timeout_s,
+            address=address,
+            network=job.network,
+        )
+        if rank == 0 and group.network not in (None, job.network):
+            channel.send({"event": "network", "network": group.network.to_json()})
+        return group
     if interface := interface_of(channel.local_address):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
     backend = f"cpu:gloo,cuda:{job.backend}"

@@ -4,6 +4,7 @@ job.yaml        the Job as resolved
 plan.json       what was decided before the run
 events/         TensorBoard event files
 logs/           what each rank printed, in segments
+trace/          if asked for: what each rank did and waited for, see `watch.trace`
 checkpoints/    see `checkpoint`
 result.json     how it ended
 """

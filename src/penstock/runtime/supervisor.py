@@ -33,6 +33,7 @@ from penstock.errors import (
 from penstock.plan import Plan
 from penstock.runtime import membership as group
 from penstock.runtime.checkpoint import latest
+from penstock.runtime.decisions import NETWORK
 from penstock.runtime.logs import Logs
 from penstock.runtime.membership import Membership, Verdict
 from penstock.runtime.preload import TARGET
@@ -314,6 +315,8 @@ class Supervisor:
                 if self.membership.generation == 1:
                     for n, line in enumerate(plan.show(self.workers).splitlines()):
                         self.shown.line(f"{'plan' if n == 0 else '    '}  {line}")
+            case "network":
+                self.store.write(NETWORK, json.dumps(message["network"], indent=1).encode())
             case "progress":
                 self._step = max(self._step, message["step"])
                 if self.first_step_s is None:

@@ -44,6 +44,7 @@ from penstock.runtime.shards import (
     seed,
 )
 from penstock.runtime.store import Store
+from penstock.watch.trace import Trace
 
 PROGRESS_EVERY_S = 0.1
 
@@ -61,6 +62,7 @@ class Settings:
     scalars_every: int = 1
     histograms_every: int = 0
     clip: Clip = field(default_factory=Clip)
+    trace: bool = False
 
 
 class Worker:
@@ -85,6 +87,7 @@ class Worker:
         saved: Checkpoint | None,
         send: Callable[[Message], None],
         receive: Callable[[], list[Message]],
+        trace: Trace | None = None,
     ) -> None:
         self.rank, self.world_size = group.rank, group.world_size
         self.num_shards = plan.shards
@@ -99,7 +102,7 @@ class Worker:
             store,
             saved,
         )
-        self._send, self._receive = send, receive
+        self._send, self._receive, self._trace = send, receive, trace
         self._feeds = {
             name: Feed(
                 name,
@@ -205,6 +208,9 @@ class Worker:
             self.shards,
             self.num_shards,
         )
+        if (trace := self._trace) is not None:
+            made.register_step_pre_hook(lambda *_: trace.begin("update"))
+            made.register_step_post_hook(lambda *_: trace.end())
         agreement = self._prepared.agreement
         self.plan = self.plan.with_network(
             agreement.borders(),
@@ -251,10 +257,12 @@ class Worker:
         prepared, feed = self._need_prepared(), self._feed(name)
         agreement, own, per_step = prepared.agreement, self.shards, batch_size * accumulate
         steps = feed.steps_per_epoch(per_step)
-        cursor = self._cursor(name, batch_size, accumulate)
+        cursor, trace = self._cursor(name, batch_size, accumulate), self._trace
         self._shown = {"source": name, "steps_per_epoch": steps, "epochs": epochs}
         while cursor.epoch < epochs and self.stopped is None:
             self._in_step, self._between_steps = True, False
+            if trace is not None:
+                trace.step(self._progress.step + 1)
             if self._recorder is not None:
                 self._recorder.before_step(self._progress.step + 1, agreement.parameters_of(0))
             reads = [feed.rows_of_step(i, cursor.step, per_step) for i in range(len(own))]
@@ -262,15 +270,23 @@ class Worker:
                 self._enter(i)
                 agreement.activate(i)
                 for start in range(0, len(positions), batch_size):
+                    if trace is not None:
+                        trace.begin("feed")
                     batch = feed.batch(i, cursor.epoch, positions[start : start + batch_size])
                     self._out = _Out(batch, start + batch_size >= len(positions))
+                    if trace is not None:
+                        trace.then("forward")
                     yield batch
+                    if trace is not None:
+                        trace.end()
                     if self._out is not None and self._out.ends_shard:  # no step was made of it
                         agreement.skip()
                     self._out = None
                 if not positions:
                     agreement.skip()
             self._commit()
+            if trace is not None:
+                trace.end()
             cursor.step += 1
             if cursor.step == steps:
                 cursor.epoch, cursor.step = cursor.epoch + 1, 0
@@ -297,8 +313,12 @@ class Worker:
                 "batch",
                 hint="loss.mean()",
             )
-        self._out = None
+        self._out, trace = None, self._trace
+        if trace is not None:
+            trace.then("backward")
         prepared.agreement.backward(loss, out.batch.size, out.ends_shard)
+        if trace is not None:
+            trace.then("loop after backward")
 
     def stop(self, reason: str) -> None:
         """Asks all workers to end training after this step (or the next exchange)."""
@@ -342,7 +362,9 @@ class Worker:
             top_k: accuracies to give, for classification.
             network: what is called with features instead of the network itself.
         """
-        prepared, feed = self._need_prepared(), self._feed(name)
+        prepared, feed, trace = self._need_prepared(), self._feed(name), self._trace
+        if trace is not None:
+            trace.begin(f"evaluation on {name}")
         if self._recorder is not None:
             self._recorder.pause()
         buffers = merged_buffers(self._group, prepared.buffers, self.shards, self.num_shards)
@@ -373,6 +395,8 @@ class Worker:
                     "evaluation": evaluation.to_dict(),
                 }
             )
+        if trace is not None:
+            trace.end()
         return evaluation
 
     def conclude(self) -> None:
@@ -472,7 +496,11 @@ class Worker:
         for message in self._receive():
             if message.get("do") == "stop":
                 self.stop("interrupted")
+        if self._trace is not None:
+            self._trace.begin("exchange and update")
         outcome = prepared.agreement.commit(step, stop=self._wish is not None, save=self._save)
+        if self._trace is not None:
+            self._trace.end()
         self._progress.step, self._in_step = step, False
         self._count(outcome)
         rates = [float(group["lr"]) for group in prepared.optimizer.param_groups]
@@ -547,6 +575,8 @@ class Worker:
         prepared, progress = self._need_prepared(), self._progress
         if self._checkpointed_at == self.global_step and metric is None and not again:
             return
+        if self._trace is not None:
+            self._trace.begin("checkpoint")
         if self._active is not None:
             prepared.random[self._active] = RandomState.capture()
         if self._recorder is not None:
@@ -561,6 +591,8 @@ class Worker:
             prune(self._store, self._settings.keep, best)
             self._recorder.go_on()
             self._send({"event": "checkpointed", "step": self.global_step})
+        if self._trace is not None:
+            self._trace.end()
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ def in_processes(
 
     Arguments:
         function: is pickled, as its results are.
-        through: what moves the bytes: "memory" that the ranks share, "tcp", or torch's "gloo".
+        through: what moves the bytes: "memory" that the ranks share, "tcp", torch's "gloo", or, in
+            "hosts", memory between the ranks of each of `as_hosts`, and TCP between the others.
         timeout_s: how long a collective may wait for a peer.
 
     Returns:
@@ -114,6 +115,16 @@ def in_processes(
     return results
 
 
+def as_hosts(world_size: int) -> list[list[int]]:
+    """Ranks in pairs, as if on hosts: of an odd number, and of two, the first is alone.
+
+    So sums over 4 can be taken host by host, and those over 3 and 5 not: see `Combine.grouped`.
+    """
+    alone = 1 if world_size % 2 or world_size == 2 else 0
+    pairs = [[rank, rank + 1] for rank in range(alone, world_size - 1, 2)]
+    return [[rank] for rank in range(world_size)] if world_size == 2 else [[0]] * alone + pairs
+
+
 @dataclass(frozen=True)
 class _Task:
     function: Function
@@ -140,11 +151,17 @@ def main(fd: int) -> int:
         if task.through == "gloo":
             group = TorchGroup("gloo", store, rank, task.world_size, task.timeout_s)
         else:
-            near = task.through == "memory"
+            near: bool | list[list[int]] = task.through == "memory"
+            if task.through == "hosts":
+                near = as_hosts(task.world_size)
             group = connect(
                 store, rank, task.world_size, timeout_s=task.timeout_s, share_memory=near
             )
-        result = (False, task.function(group))
+        try:
+            result = (False, task.function(group))
+        finally:
+            if isinstance(group, Communicator):  # says goodbye: others may be a step behind
+                group.close()
     except BaseException:  # pytest's own failures among them
         result = (True, traceback.format_exc())
     task.result_of(rank).write_bytes(pickle.dumps(result))
