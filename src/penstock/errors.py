@@ -102,8 +102,9 @@ class WorkerLost(Fault):
     """A worker process died without a word."""
 
 
-class TransportError(Fault):
-    """A peer is gone, or did not answer before the deadline."""
+class TransportError(Fault, RuntimeError):
+    """A peer is gone, or did not answer before the deadline. PyTorch's programs expect a
+    RuntimeError where a collective fails."""
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

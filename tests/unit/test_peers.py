@@ -179,14 +179,14 @@ def test_the_address_is_the_one_that_routes_to_the_master(
     store = HashStore()
     with pytest.raises(TransportError):
         Peers.meet(store, 0, 2, timeout_s=0.05)
-    assert json.loads(store.get("peers/0"))["address"] == expected
+    assert json.loads(store.get("peers/1/0"))["address"] == expected
 
 
 def test_the_given_address_is_published() -> None:
     store = HashStore()
     with pytest.raises(TransportError):
         Peers.meet(store, 1, 2, address="127.0.0.7", timeout_s=0.05)
-    door = json.loads(store.get("peers/1"))
+    door = json.loads(store.get("peers/1/1"))
     assert (door["address"], door["host"]) == ("127.0.0.7", HOST)
     assert door["port"] > 0
 
@@ -212,9 +212,9 @@ def test_a_rank_that_does_not_connect_is_named_and_nothing_is_left_open() -> Non
     store = HashStore()
     with socket.create_server(("127.0.0.1", 0)) as mute:
         port = mute.getsockname()[1]
-        store.set("peers/secret", proofs.new_token())
-        store.set("peers/0", json.dumps({"address": "127.0.0.1", "port": port, "host": "a"}))
-        store.set("peers/2", json.dumps({"address": "127.0.0.1", "port": 1, "host": "c"}))
+        store.set("peers/1/secret", proofs.new_token())
+        store.set("peers/1/0", json.dumps({"address": "127.0.0.1", "port": port, "host": "a"}))
+        store.set("peers/1/2", json.dumps({"address": "127.0.0.1", "port": 1, "host": "c"}))
         before = open_files()
         with pytest.raises(TransportError) as caught:
             Peers.meet(store, 1, 3, timeout_s=0.4)
@@ -227,8 +227,8 @@ def test_an_address_where_nobody_listens_is_told_with_the_reason() -> None:
     store = HashStore()
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
-    store.set("peers/secret", proofs.new_token())
-    store.set("peers/0", json.dumps({"address": "127.0.0.1", "port": port, "host": "a"}))
+    store.set("peers/1/secret", proofs.new_token())
+    store.set("peers/1/0", json.dumps({"address": "127.0.0.1", "port": port, "host": "a"}))
     with pytest.raises(TransportError, match=rf"rank 0 on a at .*:{port} \(Connection refused\)"):
         Peers.meet(store, 1, 2, timeout_s=0.3)
 
@@ -247,7 +247,7 @@ class Meeting:
 
 
 def door_of(store: Store, rank: int) -> tuple[str, int]:
-    door = json.loads(store.get(f"peers/{rank}"))
+    door = json.loads(store.get(f"peers/1/{rank}"))
     return door["address"], door["port"]
 
 
@@ -278,11 +278,11 @@ def greeting(connection: socket.socket) -> str:
 def test_who_does_not_prove_the_secret_is_dropped_and_meeting_goes_on(says: str | bytes) -> None:
     store = HashStore()
     zero = Meeting(store, 0)
-    store.set("peers/1", json.dumps({"address": "127.0.0.1", "port": 1, "host": "b"}))
+    store.set("peers/1/1", json.dumps({"address": "127.0.0.1", "port": 1, "host": "b"}))
     try:
         with socket.create_connection(door_of(store, 0), SOON_S) as intruder:
             challenge = greeting(intruder)
-            token = store.get("peers/secret").decode()
+            token = store.get("peers/1/secret").decode()
             said = {
                 "wrong token": hello(proofs.new_token(), challenge),
                 "another rank's proof": hello(token, challenge, claims=1, proven=2),
@@ -309,19 +309,19 @@ def test_the_right_proof_is_let_in() -> None:
     """The control of the test above: what it sends would do, with the secret."""
     store = HashStore()
     zero = Meeting(store, 0)
-    store.set("peers/1", json.dumps({"address": "127.0.0.1", "port": 1, "host": "b"}))
+    store.set("peers/1/1", json.dumps({"address": "127.0.0.1", "port": 1, "host": "b"}))
     lanes = []
     try:
         for lane in range(4):
             connection = socket.create_connection(door_of(store, 0), SOON_S)
             lanes.append(connection)
             challenge = greeting(connection)
-            message = hello(store.get("peers/secret").decode(), challenge, lane=lane)
+            message = hello(store.get("peers/1/secret").decode(), challenge, lane=lane)
             connection.sendall(message)
             (answer,) = PROOF.unpack(connection.recv(PROOF.size, socket.MSG_WAITALL))
             own = HELLO.unpack(message)[3].decode()
             role = f"accept 1 to 0, lane {lane}"
-            assert proofs.proves(store.get("peers/secret").decode(), role, own, answer.decode())
+            assert proofs.proves(store.get("peers/1/secret").decode(), role, own, answer.decode())
         zero.meeting.result(SOON_S).look()
     finally:
         zero.end()
@@ -333,7 +333,7 @@ def test_a_stranger_that_says_nothing_holds_up_nobody(monkeypatch: pytest.Monkey
     monkeypatch.setattr(meeting, "HANDSHAKE_S", 0.3)
     store = HashStore()
     zero = Meeting(store, 0)
-    store.set("peers/1", json.dumps({"address": "127.0.0.1", "port": 1, "host": "b"}))
+    store.set("peers/1/1", json.dumps({"address": "127.0.0.1", "port": 1, "host": "b"}))
     mute = [socket.create_connection(door_of(store, 0), SOON_S) for _ in range(5)]
     try:
         for connection in mute:
@@ -354,11 +354,11 @@ def test_a_stranger_that_says_nothing_holds_up_nobody(monkeypatch: pytest.Monkey
 def test_who_connects_does_not_believe_whoever_listens() -> None:
     """Rank 0's port is another program's now: it does not know the secret, and is not trusted."""
     store = HashStore()
-    store.set("peers/secret", proofs.new_token())
+    store.set("peers/1/secret", proofs.new_token())
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(SOON_S)
         port = listener.getsockname()[1]
-        store.set("peers/0", json.dumps({"address": "127.0.0.1", "port": port, "host": "a"}))
+        store.set("peers/1/0", json.dumps({"address": "127.0.0.1", "port": port, "host": "a"}))
         one = Meeting(store, 1, timeout_s=1.5)
         connection, _ = listener.accept()
         with connection:
@@ -377,7 +377,7 @@ def test_groups_of_one_store_do_not_meet(group: Callable[..., list[Peers]]) -> N
     store = HashStore()
     old = group(2, PrefixStore("1", store))
     new = group(2, PrefixStore("2", store))
-    secrets = {store.get(f"{number}/peers/secret") for number in (1, 2)}
+    secrets = {store.get(f"{number}/peers/1/secret") for number in (1, 2)}
     assert len(secrets) == 2
     assert all(len(bytes.fromhex(secret.decode())) == 32 for secret in secrets)
     old[0].abort("the old one")

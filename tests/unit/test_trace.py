@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from penstock.errors import TransportError
-from penstock.exchange.communicator import DONE, Communicator, Work
+from penstock.exchange.communicator import Communicator
 from penstock.exchange.reduction import SUM
+from penstock.exchange.work import DONE, Work
 from penstock.testing.group import in_threads
 from penstock.watch import trace as traces
 from penstock.watch.trace import Trace

@@ -8,12 +8,14 @@ formed.
 
 from __future__ import annotations
 
+import atexit
+import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 
@@ -25,93 +27,10 @@ from penstock.exchange.network import Network
 from penstock.exchange.operation import Operation
 from penstock.exchange.reduction import SUM, Reduction, Total
 from penstock.exchange.transport import Transport, aborted
-
-Ended = Callable[[TransportError | None], None]
-
-
-class Work:
-    """A collective under way."""
-
-    source: int | None = None
-    """The rank that a received message came from."""
-
-    def __init__(self) -> None:
-        self._done = threading.Event()
-        self._lock = threading.Lock()
-        self._error: TransportError | None = None
-        self._calls: list[Ended] = []
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Returns when it is done; raises TransportError when it has failed, or is not done in time
-        (it goes on then: its own deadline ends it)."""
-        if not self._done.wait(timeout_s):
-            raise TransportError(f"not done after {timeout_s:g} s")
-        if self._error is not None:
-            raise self._error
-
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self._done.is_set()
-
-    def when_done(self, call: Ended) -> None:
-        """Calls with the error, or None, when it has ended: once, from any thread, or here."""
-        with self._lock:
-            if not self._done.is_set():
-                self._calls.append(call)
-                return
-        call(self._error)
-
-    def end(self, error: TransportError | None) -> None:
-        """It has ended."""
-        with self._lock:
-            self._error = error
-            self._done.set()
-        for call in self._calls:
-            call(error)
-
-
-class _Done(Work):
-    """What has run in the caller, without an error."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._done.set()
-
-
-DONE = _Done()
-
-
-class Observer(Protocol):
-    """Hears of a communicator's collectives; times in ns, from `time.perf_counter_ns`."""
-
-    def ran(
-        self, operation: Operation, sequence: int, issued_ns: int, began_ns: int, ended_ns: int
-    ) -> None:
-        """A collective has run, well or not, in the thread that calls this."""
-        ...
-
-    def waited(self, operation: Operation, sequence: int, began_ns: int, ended_ns: int) -> None:
-        """The thread that calls this has waited for a collective."""
-        ...
-
-
-class _Observed(Work):
-    """A collective under way, of whose waits an observer hears."""
-
-    def __init__(self, observer: Observer, call: Call) -> None:
-        super().__init__()
-        self._observer, self._call = observer, call
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        began_ns = time.perf_counter_ns()
-        try:
-            super().wait(timeout_s)
-        finally:
-            ended_ns, call = time.perf_counter_ns(), self._call
-            self._observer.waited(call.operation, call.sequence, began_ns, ended_ns)
-
+from penstock.exchange.work import DONE, ObservedWork, Observer, Work
 
 Run = Callable[[Call], None]
+_Item = tuple[Run, Call, Work, int]
 
 
 class Communicator:
@@ -153,23 +72,26 @@ class Communicator:
         self._transport, self._mailbox = transport, mailbox
         self._turn = threading.Lock()
         self._sequence, self._unfinished = 0, 0
-        self._queue: queue.SimpleQueue[tuple[Run, Call, Work, int] | None] | None = None
+        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._stop = weakref.finalize(self, self._queue.put, None)  # the thread ends
         self._thread: threading.Thread | None = None
         self._error: TransportError | None = None
+        self._forked = False
+        _LIVE.add(self)
 
     def all_reduce(
         self, tensor: torch.Tensor, reduction: Reduction | Total = SUM, *, sync: bool = False
     ) -> Work:
         """Reduces the tensors of all ranks for all, in place."""
         reduction.check(tensor.dtype)
+        flat = _flat(tensor, written=True)
 
         def run(call: Call) -> None:
-            flat = _flat(tensor)
             source = reduction.premultiplied(flat)
             collectives.all_reduce(call, source, flat, reduction, shared)
             _put_back(tensor, flat)
 
-        shared = self._transport.holds(tensor)
+        shared = self._transport.holds(flat)
         kind = "all_reduce in shared memory" if shared else "all_reduce"
         return self._issue(_named(kind, tensor, reduction.op), run, sync)
 
@@ -179,9 +101,9 @@ class Communicator:
         """Reduces the tensors of all ranks into the root's; the others keep theirs."""
         reduction.check(tensor.dtype)
         here = self._is_root(root)
+        flat = _flat(tensor, written=here)
 
         def run(call: Call) -> None:
-            flat = _flat(tensor)
             source = reduction.premultiplied(flat)
             collectives.reduce(call, source, flat if here else None, reduction, root)
             if here:
@@ -192,9 +114,9 @@ class Communicator:
     def broadcast(self, tensor: torch.Tensor, root: int, *, sync: bool = False) -> Work:
         """Gives the root's tensor to all others, in place."""
         here = self._is_root(root)
+        flat = _flat(tensor, written=not here)
 
         def run(call: Call) -> None:
-            flat = _flat(tensor)
             collectives.broadcast(call, flat, root)
             if not here:
                 _put_back(tensor, flat)
@@ -210,10 +132,12 @@ class Communicator:
     ) -> Work:
         """Gives each rank's input to all; outputs[r] is as large as the input of rank r."""
         self._one_each(outputs)
+        _same_dtype([*outputs, input])
+        flats = [_flat(output, written=True) for output in outputs]
+        source = _apart(_flat(input), flats, self.rank)
 
         def run(call: Call) -> None:
-            flats = [_flat(output) for output in outputs]
-            collectives.all_gather(call, _flat(input), flats)
+            collectives.all_gather(call, source, flats)
             for output, flat in zip(outputs, flats, strict=True):
                 _put_back(output, flat)
 
@@ -229,10 +153,12 @@ class Communicator:
     ) -> Work:
         """Gives each rank's input to the root, which alone has outputs."""
         self._is_root(root, outputs)
+        _same_dtype([*(outputs or ()), input])
+        flats = None if outputs is None else [_flat(output, written=True) for output in outputs]
+        source = _apart(_flat(input), flats or (), self.rank)
 
         def run(call: Call) -> None:
-            flats = None if outputs is None else [_flat(output) for output in outputs]
-            collectives.gather(call, _flat(input), flats, root)
+            collectives.gather(call, source, flats, root)
             for output, flat in zip(outputs or (), flats or (), strict=True):
                 _put_back(output, flat)
 
@@ -248,10 +174,11 @@ class Communicator:
     ) -> Work:
         """Gives each rank its output of the root's inputs; the root alone has inputs."""
         self._is_root(root, inputs)
+        _same_dtype([*(inputs or ()), output])
+        flat = _flat(output, written=True)
+        flats = None if inputs is None else [_flat(input) for input in inputs]
 
         def run(call: Call) -> None:
-            flat = _flat(output)
-            flats = None if inputs is None else [_flat(input) for input in inputs]
             collectives.scatter(call, flats, flat, root)
             _put_back(output, flat)
 
@@ -268,10 +195,12 @@ class Communicator:
         """Reduces into each rank's output what all have for it: inputs[r] is for rank r."""
         self._one_each(inputs)
         reduction.check(output.dtype)
+        _same_dtype([*inputs, output])
+        flat = _flat(output, written=True)
+        flats = [_flat(input) for input in inputs]
 
         def run(call: Call) -> None:
-            flat = _flat(output)
-            sources = [reduction.premultiplied(_flat(input)) for input in inputs]
+            sources = [reduction.premultiplied(flat) for flat in flats]
             collectives.reduce_scatter(call, sources, flat, reduction)
             _put_back(output, flat)
 
@@ -291,10 +220,12 @@ class Communicator:
         """Gives inputs[r] to rank r; outputs[r] comes from it, and is as large as its input."""
         self._one_each(outputs)
         self._one_each(inputs)
+        _same_dtype([*outputs, *inputs])
+        flats = [_flat(output, written=True) for output in outputs]
+        sources = [_flat(input) for input in inputs]
 
         def run(call: Call) -> None:
-            flats = [_flat(output) for output in outputs]
-            collectives.all_to_all(call, [_flat(input) for input in inputs], flats)
+            collectives.all_to_all(call, sources, flats)
             for output, flat in zip(outputs, flats, strict=True):
                 _put_back(output, flat)
 
@@ -306,18 +237,21 @@ class Communicator:
 
     def send(self, tensor: torch.Tensor, peer: int, tag: int = 0) -> Work:
         """Sends to one rank; what is sent with one tag arrives in order."""
+        self._is_peer(peer)
         return self._post(self._letters().send(peer, tag, collectives.as_bytes(_flat(tensor))))
 
     def receive(self, tensor: torch.Tensor, peer: int | None, tag: int = 0) -> Work:
         """Receives from one rank, or (None) from whichever sends first."""
-        flat = _flat(tensor)
+        if peer is not None:
+            self._is_peer(peer)
+        flat = _flat(tensor, written=True)
         letter = self._letters().receive(peer, tag, collectives.as_bytes(flat))
         return self._post(letter, lambda: _put_back(tensor, flat))
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """Memory, zeros, uint8 (num_bytes,): what lies in it is reduced in place by the ranks of
-        this host, if all of them give such tensors to a collective. Ordinary memory where they
-        share none. Collective; ranks need not take as much as each other."""
+        this host. All of them give such tensors to a collective, or none. Ordinary memory where
+        they share none. Collective; ranks need not take as much as each other."""
         found: list[torch.Tensor | None] = []
 
         def run(call: Call) -> None:
@@ -325,7 +259,9 @@ class Communicator:
 
         self._issue(_operation("allocate", ""), run, True)
         memory = found[0]
-        return torch.zeros(num_bytes, dtype=torch.uint8) if memory is None else memory
+        if memory is None:
+            memory = torch.zeros(num_bytes, dtype=torch.uint8, device="cpu")
+        return memory
 
     def abort(self, reason: str) -> None:
         """Ends the group on all ranks: what is under way fails within 100 ms. From any thread."""
@@ -335,10 +271,14 @@ class Communicator:
 
     def close(self) -> None:
         """Leaves; waits for nobody."""
-        if self._queue is not None and self._thread is not None:
-            if self._unfinished:
-                self.abort(f"rank {self.rank} has left with collectives under way")
-            self._queue.put(None)
+        if self._forked:
+            return
+        if self._unfinished and self._error is None:
+            self.abort(f"rank {self.rank} has left with collectives under way")
+        if self._error is None:
+            self._error = TransportError(f"rank {self.rank} has left the group")
+        self._stop()
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(1.0)
         if self._mailbox is not None:
             self._mailbox.close()
@@ -360,27 +300,51 @@ class Communicator:
                 if (error := self._run(run, call, issued_ns)) is not None:
                     raise error
                 return DONE
-            work = Work() if observer is None else _Observed(observer, call)
+            if observer is None:
+                work = Work(f"{operation.text}, number {call.sequence}")
+            else:
+                work = ObservedWork(observer, operation, call.sequence)
             self._unfinished += 1
-            if self._queue is None:
-                self._queue = queue.SimpleQueue()
+            if self._thread is None:
                 self._thread = threading.Thread(
-                    target=self._run_all, args=(self._queue,), name="penstock-group", daemon=True
+                    target=_serve,
+                    args=(self._queue, weakref.ref(self)),
+                    name="penstock-group",
+                    daemon=True,
                 )
                 self._thread.start()
             self._queue.put((run, call, work, issued_ns))
-        if sync:
+        if threading.current_thread() is self._thread:
+            # A callback, whose thread is the one that runs what is issued: nobody else will.
+            while not work.done() and (item := self._queue.get()) is not None:
+                self.run_next(*item)
+        elif sync:
             work.wait()
         return work
 
-    def _run_all(self, items: queue.SimpleQueue[tuple[Run, Call, Work, int] | None]) -> None:
-        """The thread: one collective after the other."""
-        while (item := items.get()) is not None:
-            run, call, work, issued_ns = item
-            error = self._error or self._run(run, call, issued_ns)
-            with self._turn:
-                self._unfinished -= 1
-            work.end(error)
+    def run_next(self, run: Run, call: Call, work: Work, issued_ns: int) -> None:
+        """Runs what is next in the queue, in the communicator's thread."""
+        error = self._error
+        if error is None:
+            with torch.inference_mode():  # which may write to all tensors
+                error = self._run(run, call, issued_ns)
+        with self._turn:
+            self._unfinished -= 1
+        work.end(error)
+
+    def _forget(self) -> None:
+        """In a forked child: the group is the parent's."""
+        self._forked, self._thread = True, None
+        self._turn = threading.Lock()
+        self._error = TransportError(
+            "a forked process has no part in the group of the process that it was forked from",
+            hint="form a group in the child, or start it by spawn",
+        )
+
+    def _at_exit(self) -> None:
+        """A thread that is in the middle of a collective must not outlive the interpreter."""
+        if self._unfinished and not self._forked:
+            self.close()
 
     def _run(self, run: Run, call: Call, issued_ns: int) -> TransportError | None:
         """Runs a collective; after an error, nothing runs any more."""
@@ -390,11 +354,13 @@ class Communicator:
             run(call)
         except TransportError as error:
             self._error = error
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C, too, leaves the ranks out of step
             what = f"{call.operation.text}, number {call.sequence}: {error!r}"
             self._error = TransportError(f"rank {self.rank}: {what}")
             self._error.__cause__ = error
             self._transport.abort(self._error.message)
+            if not isinstance(error, Exception):
+                raise
         if observer is not None:
             ended_ns = time.perf_counter_ns()
             observer.ran(call.operation, call.sequence, issued_ns or began_ns, began_ns, ended_ns)
@@ -418,6 +384,10 @@ class Communicator:
                 f"{len(tensors)} tensors: expected one for each of {self.world_size} ranks"
             )
 
+    def _is_peer(self, peer: int) -> None:
+        if not 0 <= peer < self.world_size:
+            raise UserError(f"rank {peer}: expected a rank from 0 to {self.world_size - 1}")
+
     def _letters(self) -> Mailbox:
         if self._mailbox is None:
             raise UserError("send and receive: this group has no connections between its ranks")
@@ -425,16 +395,46 @@ class Communicator:
 
     def _post(self, letter: Letter, then: Callable[[], None] | None = None) -> Work:
         """A letter's work."""
-        work = Work()
+        work = Work(letter.what)
 
         def ended(error: TransportError | None) -> None:
             if error is None and then is not None:
-                then()
+                try:
+                    then()
+                except Exception as failed:
+                    error = TransportError(f"{letter.what}: {failed!r}")
             work.source = letter.source
             work.end(error)
 
         letter.when_done(ended)
         return work
+
+
+_LIVE: weakref.WeakSet[Communicator] = weakref.WeakSet()
+
+
+def _serve(items: queue.SimpleQueue[_Item | None], owner: weakref.ref[Communicator]) -> None:
+    """The thread: one collective after the other. It does not keep the communicator alive."""
+    while (item := items.get()) is not None:
+        communicator = owner()
+        if communicator is None:
+            return
+        communicator.run_next(*item)
+        del communicator, item
+
+
+def _forget_all() -> None:
+    for communicator in list(_LIVE):
+        communicator._forget()
+
+
+def _close_all() -> None:
+    for communicator in list(_LIVE):
+        communicator._at_exit()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+atexit.register(_close_all)
 
 
 _operation = lru_cache(maxsize=1024)(Operation)
@@ -468,8 +468,23 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's elements, (n,), contiguous: a view where it can be, else a copy."""
+def _same_dtype(tensors: Sequence[torch.Tensor]) -> None:
+    """UserError where bytes would be taken for those of another dtype."""
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        if tensor.dtype != dtype:
+            raise UserError(
+                f"tensors of {_name(dtype)} and of {_name(tensor.dtype)} in one collective",
+                hint="inputs and outputs must have one dtype",
+            )
+
+
+def _flat(tensor: torch.Tensor, written: bool = False) -> torch.Tensor:
+    """The tensor's elements, (n,), contiguous: a view where it can be, else a copy.
+
+    Arguments:
+        written: whether a result goes there.
+    """
     if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
         if tensor.requires_grad:
             tensor = tensor.detach()
@@ -479,7 +494,25 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
             f"a {tensor.layout} tensor on {tensor.device}: this group moves dense CPU tensors",
             hint="tensor.cpu(); for GPUs a group of backend cpu:penstock,cuda:nccl",
         )
+    if written and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        raise UserError(
+            f"a result of shape {tuple(tensor.shape)} and strides {tensor.stride()}: several of "
+            "its elements are one",
+            hint="tensor.contiguous()",
+        )
     return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+
+
+def _apart(source: torch.Tensor, outputs: Sequence[torch.Tensor], rank: int) -> torch.Tensor:
+    """The source, or a copy of it where what comes from another rank would overwrite it."""
+    start, stop = source.data_ptr(), source.data_ptr() + source.nbytes
+    for other, output in enumerate(outputs):
+        first = output.data_ptr()
+        if other != rank and first < stop and start < first + output.nbytes:
+            return source.clone()
+    return source
 
 
 def _put_back(tensor: torch.Tensor, flat: torch.Tensor) -> None:

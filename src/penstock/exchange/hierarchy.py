@@ -25,10 +25,12 @@ from penstock.exchange.reduction import Combine
 from penstock.exchange.tcp import Chunks
 from penstock.exchange.transport import ALIGNMENT_BYTES, Read, Views
 
-LEAST_BYTES = 32 << 10
-"""Below, each rank hears all others at once: three stages take longer than a few more bytes."""
-PIECE_BYTES = 4 << 20
-"""What is in one stage at a time."""
+LEAST_BYTES = 128 << 10
+"""Below, three stages take longer than what they save. [measured: 2 hosts of 2 ranks, 10 Gbit/s,
+2 busy cores, AMD EPYC, 2026-11: 4 KiB took 0.21 ms, at once 0.17; 256 KiB took as long]"""
+PIECE_BYTES = 1 << 20
+"""What is in one stage at a time. [measured: as above, 4 MiB took at least 3.8 ms, in pieces of
+512 KiB 5.1, of 4 MiB 5.9; at 1 Gbit/s in the median 35.4, of 4 MiB 39.3]"""
 
 Range = tuple[int, int]
 

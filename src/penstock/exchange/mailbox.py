@@ -18,6 +18,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -124,6 +125,7 @@ class Mailbox:
         self._posted: deque[tuple[Callable[[Letter], None], Letter]] = deque()
         self._thread: threading.Thread | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._drop_wake = weakref.finalize(self, os.close, self._wake)  # or when nobody holds it
         self._ended: str | None = None
         self._closing = False
         # From here on the thread's own.
@@ -226,7 +228,7 @@ class Mailbox:
 
     def _close_wake(self) -> None:
         if self._wake >= 0:
-            os.close(self._wake)
+            self._drop_wake()
             self._wake = -1
 
     def _fail(self, letter: Letter, why: str, hint: str = "") -> None:

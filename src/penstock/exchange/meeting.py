@@ -51,6 +51,8 @@ Handshake = Generator[int, bytes, Lane]
 class Store(Protocol):
     """What is used of a torch.distributed.Store."""
 
+    def add(self, key: str, value: int, /) -> int: ...
+
     def set(self, key: str, value: str, /) -> None: ...
     def get(self, key: str, /) -> bytes: ...
     def check(self, keys: list[str], /) -> bool: ...
@@ -278,18 +280,29 @@ def _publish(
     """Puts the own door into the store; returns the group's secret and all doors from there."""
     keys = [f"peers/{peer}" for peer in range(world_size)]
     try:
+        prefix = f"peers/{_meeting(store, rank)}"  # what an earlier group left is not seen
+        secret, keys = f"{prefix}/secret", [f"{prefix}/{peer}" for peer in range(world_size)]
         if rank == 0:
-            store.set("peers/secret", proofs.new_token())
+            store.set(secret, proofs.new_token())
         store.set(keys[rank], json.dumps(own._asdict()))
-        store.wait(["peers/secret", *keys], timedelta(seconds=timeout_s))
+        store.wait([secret, *keys], timedelta(seconds=timeout_s))
         doors = [Door(**json.loads(store.get(key))) for key in keys]
-        return store.get("peers/secret").decode(), doors
+        return store.get(secret).decode(), doors
     except RuntimeError as error:  # what stores raise at a deadline, or when they are gone
         raise TransportError(
             f"after {timeout_s:g} s rank {rank} of {world_size} on {own.host} had not seen "
             f"{_unseen(store, keys)} in the store: {str(error).splitlines()[0]}",
             hint="did each rank start, with this world size and this store? Their logs tell why",
         ) from error
+
+
+def _meeting(store: Store, rank: int) -> int:
+    """How many groups this rank has formed by this store, this one included; 0 if it cannot count
+    (the driver's, which has a new one for each generation)."""
+    try:
+        return int(store.add(f"peers/meetings of {rank}", 1))
+    except (NotImplementedError, RuntimeError):
+        return 0
 
 
 def _unseen(store: Store, keys: Sequence[str]) -> str:

@@ -7,11 +7,13 @@ leaves; the end of the connection without a goodbye says that it died.
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import struct
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,10 +50,11 @@ class Peers:
         self._poll = select.poll()
         for fileno in self._open:
             self._poll.register(fileno, select.POLLIN)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may abort while this thread looks
         self._error: TransportError | None = None
         self._aborted = False
         self._closed = False
+        _LIVE.add(self)
 
     @classmethod
     def meet(
@@ -180,6 +183,14 @@ class Peers:
             for connection in self._sockets.values():
                 connection.close()
 
+    def forget(self) -> None:
+        """In a forked child: the connections are the parent's, and end with it alone."""
+        self._lock, self._closed = threading.RLock(), True
+        self._error = TransportError("the group is that of the process this one was forked from")
+        self._open.clear()
+        for connection in self._sockets.values():
+            connection.close()
+
     def _name(self, peer: int) -> str:
         return f"rank {peer} on {self.hosts[peer]}"
 
@@ -297,3 +308,14 @@ def _await_readable(filenos: Sequence[int], timeout_s: float) -> None:
     for fileno in filenos:
         waiting.register(fileno, select.POLLIN)
     waiting.poll(timeout_s * 1000)
+
+
+_LIVE: weakref.WeakSet[Peers] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for peers in list(_LIVE):
+        peers.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)

@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from penstock.errors import TransportError, UserError
-from penstock.exchange.communicator import Communicator, Work
+from penstock.exchange.communicator import Communicator
 from penstock.exchange.connect import connect
 from penstock.exchange.reduction import Reduction
+from penstock.exchange.work import Work
 
 NAME = "penstock"
 
@@ -173,17 +174,23 @@ def _cpu(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def call(self: PenstockGroup, tensors: Any, *rest: Any, **options: Any) -> Any:
-        first = tensors
-        while not isinstance(first, torch.Tensor):
-            if not first:  # neither outputs nor inputs: gather and scatter off the root
-                first = rest[0]
-            else:
-                first = first[0]
+        first = _first(tensors)
+        if first is None and rest:  # gather and scatter off the root
+            first = _first(rest[0])
+        if first is None:
+            raise UserError(f"{name} of no tensors", hint="give at least one")
         if first.is_cpu and first.layout is torch.strided:
             return method(self, tensors, *rest, **options)
         return getattr(self._other(first), name)(tensors, *rest, **options)
 
     return call  # type: ignore[return-value]
+
+
+def _first(given: Any) -> torch.Tensor | None:
+    """The first tensor of a tensor, a list of them, or a list of lists."""
+    while isinstance(given, (list, tuple)) and given:
+        given = given[0]
+    return given if isinstance(given, torch.Tensor) else None
 
 
 class PenstockGroup(_Base):  # type: ignore[misc]

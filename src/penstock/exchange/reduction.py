@@ -36,6 +36,8 @@ _OPERATORS: dict[str, _Operator] = {
 
 _BITWISE = {"band", "bor", "bxor"}
 _NARROW = {torch.float16, torch.bfloat16}
+_NO_ARITHMETIC = {torch.uint16, torch.uint32, torch.uint64}
+"""torch 2.13 can store them, and not add them on CPUs."""
 
 
 class Combine(Protocol):
@@ -97,7 +99,9 @@ class Reduction:
         """Raises UserError where torch has no such reduction of the dtype."""
         floating = dtype.is_floating_point or dtype.is_complex
         if (
-            (self.op in _BITWISE and floating)
+            dtype in _NO_ARITHMETIC
+            or (dtype.is_floating_point and dtype.itemsize < 2)
+            or (self.op in _BITWISE and floating)
             or (self.op in ("min", "max") and dtype.is_complex)
             or (self.op in ("avg", "premul_sum") and not floating)
         ):
@@ -161,7 +165,7 @@ class Total:
         self._order = tree.order_of(covers, shards)
 
     def check(self, dtype: torch.dtype) -> None:
-        """Any dtype can be added."""
+        """Parameters and gradients can be added."""
 
     def premultiplied(self, tensor: torch.Tensor) -> torch.Tensor:
         """What a rank brings: its tensor."""

@@ -55,8 +55,8 @@ _nap = (ctypes.c_long * 2)(0, int(_NAP_S * 1e9))
 
 _KNOWN = 256
 
-_Wait = tuple[int, Operation, float]
-"""What is waited for, and how long: sequence, operation, seconds."""
+_Wait = tuple[int, Operation, float, float]
+"""What is waited for, and how long: sequence, operation, seconds, since (of time.monotonic)."""
 
 
 class NoMemory(TransportError):
@@ -125,7 +125,7 @@ class ShmTransport:
         read: Read,
         timeout_s: float,
     ) -> None:
-        wait = (sequence, operation, timeout_s)
+        wait = (sequence, operation, timeout_s, time.monotonic())
         own = parts[self.rank]
         staged: Sequence[tuple[int, torch.Tensor]]
         if own is not None and len(own) <= self._chunk and _alike(own, parts, sizes):
@@ -168,7 +168,7 @@ class ShmTransport:
             name, memory = _create(max(1, num_bytes))
         except NoMemory:
             name, memory = "", None
-        said = torch.tensor(list(name.encode().ljust(_NAME_BYTES)), dtype=torch.uint8)
+        said = torch.tensor(list(name.encode().ljust(_NAME_BYTES)), dtype=torch.uint8, device="cpu")
         names: list[str] = []
 
         def hear(views: Views, start: int, stop: int) -> None:
@@ -289,7 +289,7 @@ class ShmTransport:
     def _offered(self, peer: int, size: int, wait: _Wait) -> tuple[int, int, bool]:
         """What a peer has offered: the place of what is for this rank, its rounds, and whether
         something of it is read in place."""
-        sequence, operation, _ = wait
+        sequence, operation, *_ = wait
         theirs, at = self._maps[peer], self._heads[self._round & 1]
         signature, rounds, in_place = _HEAD.unpack_from(theirs, at)
         if signature != operation.signature:
@@ -356,17 +356,18 @@ class ShmTransport:
 
     def _wait(self, peer: int, current: int, wait: _Wait) -> None:
         """Sleeps until a peer has posted a round, looking now and then whether it still can."""
-        sequence, operation, timeout_s = wait
-        began, said = time.monotonic(), False
+        sequence, operation, timeout_s, began = wait
+        said, looked = False, time.monotonic()
         posted, asleep, bell = self._posted[peer], self._asleep[self.rank], self._bells[self.rank]
         while posted[0] < current:
             asleep[0] = 1
             if posted[0] >= current:
                 break
             _syscall(_SYS_FUTEX, bell, _FUTEX_WAIT, 1, _nap, None, 0)
-            waited_s = time.monotonic() - began
-            if waited_s < _NAP_S:
+            now = time.monotonic()
+            if now - looked < _NAP_S:
                 continue
+            looked, waited_s = now, now - began
             try:
                 self._look(peer, operation, sequence)
             except TransportError:

@@ -220,8 +220,9 @@ class TcpTransport:
         if moved:
             turn.sending = [stream for stream in turn.sending if stream.outgoing]
             turn.receiving = [stream for stream in turn.receiving if stream.incoming]
-            if turn.unconfirmed:
-                turn.unconfirmed = [link for link in turn.unconfirmed if not self._met(turn, link)]
+            for link in [link for link in turn.unconfirmed if self._met(turn, link)]:
+                turn.unconfirmed.remove(link)
+                turn.heard.add(link.peer)
         return moved > 0
 
     def _sleep(self, turn: _Turn) -> None:
@@ -250,7 +251,10 @@ class TcpTransport:
             turn.say_at = math.inf
             self._peers.waits(turn.sequence)
         if now >= turn.deadline:
-            missing = self._peers.missing(turn.sequence) or turn.outstanding()
+            # Who waits says so, and whose header is here has come; the rest is missing.
+            silent = self._peers.missing(turn.sequence)
+            missing = [peer for peer in silent if peer not in turn.heard]
+            missing = missing or turn.outstanding()
             raise stalled(turn.operation, turn.sequence, missing, self.hosts, turn.timeout_s)
 
     def _met(self, turn: _Turn, link: _Link) -> bool:
@@ -323,6 +327,7 @@ class _Turn:
     sending: list[_Stream] = field(default_factory=list)
     receiving: list[_Stream] = field(default_factory=list)
     unconfirmed: list[_Link] = field(default_factory=list)
+    heard: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.deadline = self.began + self.timeout_s
