@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from penstock.exchange import hierarchy
+from penstock.exchange import hierarchy, serial
 from penstock.exchange.cost import Sums, Table
 from penstock.exchange.mixed import MixedTransport
 from penstock.exchange.operation import Operation
@@ -108,7 +108,7 @@ def all_reduce(
         _give_to_all(call, pieces[rank], pieces)
     else:
         if out is not source:
-            out.copy_(source)
+            serial.copy(source, out)
         _reduce_along(call, "all_reduce", topology, out, out, combine)
 
 
@@ -149,7 +149,7 @@ def reduce_scatter(
     pieces = [source.clone() for source in sources]  # for partial sums
     own = pieces[call.transport.rank]
     _reduce_along(call, "reduce_scatter", topology, pieces, own, combine)
-    out.copy_(own)
+    serial.copy(own, out)
 
 
 def broadcast(call: Call, tensor: torch.Tensor, root: int) -> None:
@@ -174,7 +174,7 @@ def all_gather(call: Call, source: torch.Tensor, outputs: Sequence[torch.Tensor]
     if topology == "direct":
         _give_to_all(call, source, outputs)
         return
-    outputs[call.transport.rank].copy_(source)
+    serial.copy(source, outputs[call.transport.rank])
     call.follow("all_gather", topology, outputs)
 
 
@@ -293,6 +293,6 @@ def _copying(outputs: Sequence[torch.Tensor | None]) -> Read:
             if view is not None and out is not None and len(view):
                 place = out[start : start + len(view)]
                 if place.data_ptr() != view.data_ptr():
-                    place.copy_(view)
+                    serial.copy(view, place)
 
     return read

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from penstock.exchange import serial
 from penstock.exchange.mixed import MixedTransport
 from penstock.exchange.operation import Operation
 from penstock.exchange.reduction import Combine
@@ -175,7 +176,7 @@ class _AllReduce:
             if view is not None:
                 place = self._out[first + start : first + start + len(view)]
                 if place.data_ptr() != view.data_ptr():
-                    place.copy_(view)
+                    serial.copy(view, place)
 
 
 def _cut(whole: Range, count: int) -> list[Range]:

@@ -7,31 +7,33 @@ together. Half precision is combined in float32 and rounded once, at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from penstock.errors import UserError
 from penstock.exchange import tree
+from penstock.exchange.serial import GRAIN, Operator, copy, divide, many_at_once
 
 PIECE_BYTES = 128 << 10
 """So much is combined at a time, so that sums within the tree stay in the cache.
 [measured: 1 MiB of L2 a core, AMD EPYC, 2026-11]"""
 
-_Operator = Callable[..., torch.Tensor]
+_ADD = Operator(torch.add, np.add)
 
-_OPERATORS: dict[str, _Operator] = {
-    "sum": torch.add,
-    "avg": torch.add,
-    "premul_sum": torch.add,
-    "product": torch.mul,
-    "min": torch.minimum,
-    "max": torch.maximum,
-    "band": torch.bitwise_and,
-    "bor": torch.bitwise_or,
-    "bxor": torch.bitwise_xor,
+_OPERATORS: dict[str, Operator] = {
+    "sum": _ADD,
+    "avg": _ADD,
+    "premul_sum": _ADD,
+    "product": Operator(torch.mul, np.multiply),
+    "min": Operator(torch.minimum, np.minimum),
+    "max": Operator(torch.maximum, np.maximum),
+    "band": Operator(torch.bitwise_and, np.bitwise_and),
+    "bor": Operator(torch.bitwise_or, np.bitwise_or),
+    "bxor": Operator(torch.bitwise_xor, np.bitwise_xor),
 }
 
 _BITWISE = {"band", "bor", "bxor"}
@@ -63,7 +65,7 @@ class Combine(Protocol):
 class _Ordered:
     """Combines parts in one order, in their own dtype."""
 
-    operator: _Operator
+    operator: Operator
     order: tree.Order
     divisor: int = 1
 
@@ -71,7 +73,7 @@ class _Ordered:
         for pieces, piece in _pieces(parts, out):
             _fold(self.operator, self.order, pieces, piece)
             if self.divisor > 1:
-                piece.div_(self.divisor)
+                divide(piece, self.divisor)
 
     def grouped(
         self, groups: Sequence[Sequence[int]], dtype: torch.dtype
@@ -129,7 +131,7 @@ class Reduction:
             else:
                 _fold(operator, order, pieces, piece)
                 if self.op == "avg":
-                    piece.div_(len(parts))
+                    divide(piece, len(parts))
 
     def grouped(
         self, groups: Sequence[Sequence[int]], dtype: torch.dtype
@@ -174,21 +176,22 @@ class Total:
     def combine(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """As `Reduction.combine`."""
         for pieces, piece in _pieces(parts, out):
-            _fold(torch.add, self._order, pieces, piece)
+            _fold(_ADD, self._order, pieces, piece)
 
     def grouped(
         self, groups: Sequence[Sequence[int]], dtype: torch.dtype
     ) -> tuple[list[Combine], Combine] | None:
         """As `Combine.grouped`."""
-        return _Ordered(torch.add, self._order).grouped(groups, dtype)
+        return _Ordered(_ADD, self._order).grouped(groups, dtype)
 
 
 def _pieces(
     parts: Sequence[torch.Tensor], out: torch.Tensor
 ) -> Iterator[tuple[Sequence[torch.Tensor], torch.Tensor]]:
     """The parts and the result, so much at a time."""
-    step = PIECE_BYTES // out.itemsize
-    if len(parts) == 2 or len(out) <= step:  # nothing is kept on the way
+    many = many_at_once(out.dtype)
+    step = PIECE_BYTES // out.itemsize if many else GRAIN - 64
+    if len(out) <= step or (many and len(parts) == 2):  # nothing is kept on the way
         yield parts, out
         return
     for start in range(0, len(out), step):
@@ -197,16 +200,19 @@ def _pieces(
 
 
 def _fold(
-    operator: _Operator,
+    operator: Operator,
     order: tree.Order,
     parts: Sequence[torch.Tensor],
     out: torch.Tensor | None,
 ) -> torch.Tensor:
     """All parts combined in this order: in `out`, else in a tensor that may be one of the parts."""
     if isinstance(order, int):
-        return parts[order] if out is None else out.copy_(parts[order])
+        if out is None:
+            return parts[order]
+        copy(parts[order], out)
+        return out
     left = _fold(operator, order[0], parts, None)
     right = _fold(operator, order[1], parts, None)
     if out is None:
         out = torch.empty_like(left)
-    return operator(left, right, out=out)
+    return operator(left, right, out)

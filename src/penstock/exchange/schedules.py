@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from penstock.exchange import serial
 from penstock.exchange.reduction import Combine, Reduction
 from penstock.exchange.topology import Receive, Schedule, Send, Step
 from penstock.exchange.transport import Read, Views
@@ -110,7 +111,7 @@ def _reading(step: Step, rank: int, piece: _Piece, combine: Combine | None) -> R
             own = out[start // out.itemsize : min(stop, out.nbytes) // out.itemsize]
             given = [own if p == rank else _typed(views[p], out.dtype) for p in peers]
             if len(given) == 1:
-                own.copy_(given[0])
+                serial.copy(given[0], own)
             elif combine is not None:
                 combine.combine(given, own)
 

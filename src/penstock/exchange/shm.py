@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 
 from penstock.errors import TransportError
+from penstock.exchange import serial
 from penstock.exchange.operation import Operation
 from penstock.exchange.peers import Peers
 from penstock.exchange.transport import Read, Views, differs, lost, misfit, stalled
@@ -216,7 +217,7 @@ class ShmTransport:
         at = self._heads[parity]
         self._maps[self.rank][at : at + self._head.size] = known.head
         self._say(operation, parity)
-        known.views[self.rank].copy_(own)
+        serial.copy(own, known.views[self.rank])
         return known
 
     def _head_of(self, peer: int) -> bytes:
@@ -271,7 +272,7 @@ class ShmTransport:
         slot = self._slots[self.rank][(self._round + 1) & 1]
         for offset, part in staged:
             piece = part[start : start + self._chunk]
-            slot[offset : offset + len(piece)].copy_(piece)
+            serial.copy(piece, slot[offset : offset + len(piece)])
 
     def _place(self, part: torch.Tensor) -> int:
         """Where bytes are read in place, or -1. A chunk and less is copied all the same."""
