@@ -6,12 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench format java clean
+.PHONY: demo test check bench format java hosts clean
 
 demo: $(VENV)/.installed
 	$(BIN)/penstock demo
 
-test: java check
+test: java hosts check
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.tests-installed
@@ -20,9 +20,12 @@ check: $(VENV)/.tests-installed
 	$(BIN)/mypy
 
 # make bench DATA=folder-of-MNIST; without it the 10,000 images of the package serve.
-bench: java $(VENV)/.bench-installed
+bench: java hosts $(VENV)/.bench-installed
 	$(BIN)/python benchmarks/lenet.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/spark.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/collectives.py --ranks 2,4
+	$(BIN)/python benchmarks/collectives.py --hosts 2 --bandwidth 1e9 --ranks 2
+	$(BIN)/python benchmarks/collectives.py --hosts 2 --bandwidth 1e9 --ranks 2 --train
 
 format: $(VENV)/.tests-installed
 	$(BIN)/ruff format
@@ -35,6 +38,16 @@ java:
 	    apt-get update -qq && apt-get install -y -qq openjdk-17-jre-headless; \
 	  else \
 	    echo "pyspark needs Java: apt-get install openjdk-17-jre-headless (as root)" >&2; exit 1; \
+	  fi; }
+
+# Several hosts on one machine, by network namespaces; without them those tests say why they are
+# skipped.
+hosts:
+	@command -v ip >/dev/null && command -v tc >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq iproute2; \
+	  else \
+	    echo "tests between hosts need ip and tc: apt-get install iproute2 (as root)" >&2; \
 	  fi; }
 
 clean:

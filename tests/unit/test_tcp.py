@@ -416,7 +416,7 @@ def test_an_abort_releases_who_waits(group: Group) -> None:
     # rank 0 itself waits too, and rank 2 never comes
     results = threads([lambda: wait(transports[0]), lambda: wait(transports[1]), abort])
     check(results)
-    assert all(0 <= ended - aborted_at < 0.1 for ended in results[:2])
+    assert all(0 <= ended - aborted_at < 0.5 for ended in results[:2])
     for transport in transports:
         with pytest.raises(TransportError, match="the battery is flat"):
             share(transport, same(3, None))

@@ -354,6 +354,7 @@ class Communicator:
             run(call)
         except TransportError as error:
             self._error = error
+            self._transport.abort(error.message)  # before the others hear that this rank has left
         except BaseException as error:  # Ctrl-C, too, leaves the ranks out of step
             what = f"{call.operation.text}, number {call.sequence}: {error!r}"
             self._error = TransportError(f"rank {self.rank}: {what}")

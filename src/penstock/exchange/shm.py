@@ -166,10 +166,10 @@ class ShmTransport:
         """
         operation = Operation("allocate")  # so much, or as much as another rank needs
         try:
-            name, memory = _create(max(1, num_bytes))
+            path, memory = _create(max(1, num_bytes))
         except NoMemory:
-            name, memory = "", None
-        said = torch.tensor(list(name.encode().ljust(_NAME_BYTES)), dtype=torch.uint8, device="cpu")
+            path, memory = "", None
+        said = torch.tensor(list(path.encode().ljust(_NAME_BYTES)), dtype=torch.uint8, device="cpu")
         names: list[str] = []
 
         def hear(views: Views, start: int, stop: int) -> None:
@@ -186,7 +186,7 @@ class ShmTransport:
             nothing = [None] * self.world_size  # all have mapped all:
             self.share(sequence, operation, nothing, [0] * self.world_size, hear, timeout_s)
         finally:
-            _unlink(name)
+            _let_go(path)
         if not maps:
             return None
         self._allocations.append([torch.frombuffer(m, dtype=torch.uint8) for m in maps])
@@ -379,8 +379,10 @@ class ShmTransport:
                 said = True
                 self._peers.waits(sequence)
             if waited_s > timeout_s:
-                late = [p for p in self._others if self._posted[p][0] < current]
-                missing = [self._members[p] for p in late]
+                late = [self._members[p] for p in self._others if self._posted[p][0] < current]
+                # Who waits elsewhere in this collective, as for another host, says so.
+                silent = self._peers.missing(sequence)
+                missing = [member for member in late if member in silent] or silent or late
                 hosts = self._peers.hosts
                 raise self._failed(stalled(operation, sequence, missing, hosts, timeout_s))
         asleep[0] = 0
@@ -414,40 +416,40 @@ def ranks_in_memory(peers: Peers) -> list[int]:
     """
     nonce = secrets.token_bytes(_NONCE_BYTES)
     try:
-        name, own = _create(_NONCE_BYTES) if possible() else ("", None)
+        path, own = _create(_NONCE_BYTES) if possible() else ("", None)
     except NoMemory:
-        name, own = "", None
+        path, own = "", None
     try:
         if own is not None:
             own[:] = nonce
-        told = [json.loads(t) for t in peers.gather(json.dumps([name, nonce.hex()]).encode())]
+        told = [json.loads(t) for t in peers.gather(json.dumps([path, nonce.hex()]).encode())]
         found = [
             rank
             for rank, (theirs, known) in enumerate(told)
-            if rank == peers.rank or (name and theirs and _read(theirs) == bytes.fromhex(known))
+            if rank == peers.rank or (path and theirs and _read(theirs) == bytes.fromhex(known))
         ]
         everyone = [json.loads(t) for t in peers.gather(json.dumps(found).encode())]
     finally:
-        _unlink(name)
+        _let_go(path)
     return found if all(everyone[rank] == found for rank in found) else [peers.rank]
 
 
 def _map_all(peers: Peers, members: Sequence[int], num_bytes: int) -> list[mmap.mmap]:
-    """A new segment of each member, mapped here; their names are gone on return."""
+    """A new segment of each member, mapped here; nobody else can open them then."""
     failed = ""
     try:
-        name, own = _create(num_bytes)
+        path, own = _create(num_bytes)
     except NoMemory as error:
-        name, own, failed = "", None, str(error)
+        path, own, failed = "", None, str(error)
     try:
-        names = [told.decode() for told in peers.gather(name.encode())]
+        names = [told.decode() for told in peers.gather(path.encode())]
         if "" in names:
             raise NoMemory(failed or f"rank {names.index('')} cannot have shared memory")
         maps = [own if m == peers.rank and own else _open(names[m]) for m in members]
         peers.gather(b"")  # all have mapped all
         return maps
     finally:
-        _unlink(name)
+        _let_go(path)
 
 
 def _alike(own: torch.Tensor, parts: Views, sizes: Sequence[int]) -> bool:
@@ -460,46 +462,47 @@ def _alike(own: torch.Tensor, parts: Views, sizes: Sequence[int]) -> bool:
 
 
 def _create(num_bytes: int) -> tuple[str, mmap.mmap]:
-    """A new segment, of zeros, and its name."""
-    name = f"penstock-{secrets.token_hex(16)}"
-    path = f"{FOLDER}/{name}"
+    """A new segment, of zeros, and the path by which others open it until `_let_go`.
+
+    It has no name in the file system: whatever dies, and whenever, nothing is left there.
+    """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        fd = os.open(FOLDER, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise NoMemory(f"no file can be made in {FOLDER}: {error}") from error
     try:
         os.posix_fallocate(fd, 0, num_bytes)  # else writing to a full disk kills the process
-        return name, mmap.mmap(fd, num_bytes)
+        return f"/proc/{os.getpid()}/fd/{fd}", mmap.mmap(fd, num_bytes)
     except OSError as error:
-        os.unlink(path)
+        os.close(fd)
         raise NoMemory(
             f"{num_bytes:,} bytes of shared memory cannot be had in {FOLDER}: {error}",
             hint="more room there, such as --shm-size of a container",
         ) from error
-    finally:
-        os.close(fd)
 
 
-def _unlink(name: str) -> None:
-    """The name of a segment goes; those who have mapped it keep it."""
-    if name:
-        os.unlink(f"{FOLDER}/{name}")
+def _let_go(path: str) -> None:
+    """Nobody else can open a segment of this rank any more; those who have mapped it keep it."""
+    if path:
+        os.close(int(path.rpartition("/")[2]))
 
 
-def _open(name: str) -> mmap.mmap:
+def _open(path: str) -> mmap.mmap:
     """A segment of another rank."""
-    fd = os.open(f"{FOLDER}/{name}", os.O_RDWR)
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         return mmap.mmap(fd, os.fstat(fd).st_size)
     finally:
         os.close(fd)
 
 
-def _read(name: str) -> bytes:
-    """The first bytes of a segment; nothing where it is not to be seen."""
+def _read(path: str) -> bytes:
+    """The first bytes of a segment; nothing where it is not of this host's shared memory: of
+    another process of the same number, or another user, or a container with memory of its own."""
     try:
-        with open(f"{FOLDER}/{name}", "rb") as file:
-            return file.read(_NONCE_BYTES)
+        with open(path, "rb") as file:
+            same = os.fstat(file.fileno()).st_dev == os.stat(FOLDER).st_dev
+            return file.read(_NONCE_BYTES) if same else b""
     except OSError:
         return b""
 

@@ -251,10 +251,11 @@ class TcpTransport:
             turn.say_at = math.inf
             self._peers.waits(turn.sequence)
         if now >= turn.deadline:
-            # Who waits says so, and whose header is here has come; the rest is missing.
+            # Who waits says so, and whose bytes are all here has come; the rest is missing.
+            outstanding = turn.outstanding()
+            came = turn.heard.difference(outstanding)
             silent = self._peers.missing(turn.sequence)
-            missing = [peer for peer in silent if peer not in turn.heard]
-            missing = missing or turn.outstanding()
+            missing = [peer for peer in silent if peer not in came] or outstanding
             raise stalled(turn.operation, turn.sequence, missing, self.hosts, turn.timeout_s)
 
     def _met(self, turn: _Turn, link: _Link) -> bool:
