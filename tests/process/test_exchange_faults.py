@@ -107,7 +107,7 @@ def undisturbed() -> bytes:
     return digest(net)
 
 
-@pytest.mark.parametrize("through", ["memory", "tcp"])
+@pytest.mark.parametrize("through", ["memory", "tcp", "hosts"])
 @pytest.mark.parametrize("moment", ["between steps", "in the middle of backward"])
 def test_survivors_go_on_to_the_same_bits(through: str, moment: str, tmp_path: Path) -> None:
     lose = partial(lose_rank_1, folder=str(tmp_path), moment=moment)

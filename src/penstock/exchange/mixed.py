@@ -85,7 +85,7 @@ class MixedTransport:
         def hear(views: Views, start: int, stop: int) -> None:
             had.extend(bool(view) for view in views if view is not None)
 
-        operation = Operation("allocate", f"{num_bytes} bytes")
+        operation = Operation("allocate")  # so much, or as much as another rank needs
         world_size = self.world_size
         self.share(sequence, operation, [said] * world_size, [1] * world_size, hear, timeout_s)
         return memory if all(had) else None
