@@ -15,13 +15,14 @@ from torch.distributed import HashStore
 from penstock.errors import TransportError
 from penstock.exchange import hierarchy, tree
 from penstock.exchange.mixed import MixedTransport
-from penstock.exchange.operation import Operation
+from penstock.exchange.operation import Operation, Turn
 from penstock.exchange.peers import Peers
 from penstock.exchange.reduction import Combine, Reduction, Total
-from penstock.exchange.transport import ALIGNMENT_BYTES, Transport, Views
+from penstock.exchange.transport import ALIGNMENT_BYTES, Transport, Views, ignore
 
 SUM = Operation("all_reduce", "sum float32")
 DEADLINE_S = 20.0
+ALLOCATE = Turn(1, Operation("allocate"), DEADLINE_S)
 PAIRS = [[0, 1], [2, 3], [4]]
 Hosts = Sequence[Sequence[int]]
 
@@ -111,7 +112,7 @@ def heard(
             got[rank] += b"" if view is None else view.numpy().tobytes()
         stopped = stop
 
-    transport.share(1, SUM, parts, sizes, read, timeout_s)
+    transport.share(Turn(1, SUM, timeout_s), parts, sizes, read)
     return [bytes(g) for g in got]
 
 
@@ -151,7 +152,7 @@ def test_what_is_read_may_be_overwritten(group: Group) -> None:
             tensor[start:stop] = total % 251
 
         for _ in range(3):
-            transport.share(1, SUM, [tensor] * 3, [length] * 3, read, DEADLINE_S)
+            transport.share(Turn(1, SUM, DEADLINE_S), [tensor] * 3, [length] * 3, read)
         return tensor
 
     alone = sum(body(rank, 0, length).to(torch.int64) for rank in range(3)) * 9 % 251
@@ -171,7 +172,7 @@ def all_reduced(
     def call(transport: MixedTransport) -> torch.Tensor | None:
         source = parts[transport.rank].clone()
         out = torch.empty_like(source) if inputs_stay else source
-        did = hierarchy.all_reduce(transport, 1, SUM, source, out, combine, DEADLINE_S)
+        did = hierarchy.all_reduce(transport, Turn(1, SUM, DEADLINE_S), source, out, combine)
         assert not inputs_stay or torch.equal(source, parts[transport.rank])
         return out if did else None
 
@@ -263,7 +264,7 @@ def test_each_byte_leaves_a_host_once(
         flow = transport.far.flow
 
         def counting(*args: Any, rank: int = transport.rank, flow: Any = flow) -> Any:
-            sent[rank] += sum(len(p) for r, p in enumerate(args[2]) if p is not None and r != rank)
+            sent[rank] += sum(len(p) for r, p in enumerate(args[1]) if p is not None and r != rank)
             return flow(*args)
 
         monkeypatch.setattr(transport.far, "flow", counting)
@@ -278,13 +279,14 @@ def test_memory_is_shared_within_each_host(group: Group) -> None:
     transports = group([[0, 1], [2]])
 
     def call(transport: MixedTransport) -> bool:
-        memory = transport.allocate(4_000_000, 1, DEADLINE_S)
+        memory = transport.allocate(4_000_000, ALLOCATE)
         assert memory is not None
         assert transport.holds(memory)
         assert not transport.holds(torch.zeros(4_000_000, dtype=torch.uint8))
         tensor = memory.view(torch.float32)
         tensor.copy_(values(transport.rank, 1_000_000))
-        did = hierarchy.all_reduce(transport, 1, SUM, tensor, tensor, Reduction(), DEADLINE_S)
+        turn = Turn(2, SUM, DEADLINE_S)
+        did = hierarchy.all_reduce(transport, turn, tensor, tensor, Reduction())
         return did and torch.equal(tensor, tree.tree_sum([values(r, 1_000_000) for r in range(3)]))
 
     assert well(on_all(transports, call)) == [True] * 3
@@ -295,17 +297,16 @@ def test_where_one_host_has_no_memory_none_has(
 ) -> None:
     transports = group([[0, 1], [2]])
     monkeypatch.setattr(transports[2].near, "allocate", lambda *_: None)
-    found = on_all(transports, lambda t: t.allocate(100, 1, DEADLINE_S))
+    found = on_all(transports, lambda t: t.allocate(100, ALLOCATE))
     assert found == [None] * 3
 
 
 def shares_4(transport: MixedTransport, operation: Operation, timeout_s: float = 2.0) -> str:
     part = torch.zeros(4, dtype=torch.uint8)
     world_size = transport.world_size
+    turn = Turn(7, operation, timeout_s)
     with pytest.raises(TransportError) as caught:
-        transport.share(
-            7, operation, [part] * world_size, [4] * world_size, lambda *_: None, timeout_s
-        )
+        transport.share(turn, [part] * world_size, [4] * world_size, ignore)
     return str(caught.value)
 
 
@@ -339,7 +340,7 @@ def test_what_differs_in_memory_is_named_by_global_ranks(group: Group) -> None:
 
     def call(transport: MixedTransport) -> None:
         operation = Operation("barrier", "") if transport.rank == 3 else SUM
-        transport.near.share(7, operation, [part] * 2, [4] * 2, lambda *_: None, 2.0)
+        transport.near.share(Turn(7, operation, 2.0), [part] * 2, [4] * 2, ignore)
 
     for error in on_all(transports, call)[2:]:
         assert "rank 2 (host-1) is at all_reduce of sum float32; rank 3 (host-1) is" in str(error)

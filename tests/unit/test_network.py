@@ -14,7 +14,7 @@ from penstock.exchange import network
 from penstock.exchange.collectives import Call
 from penstock.exchange.cost import Link, Links, Table
 from penstock.exchange.network import Network, measure, measure_links
-from penstock.exchange.operation import Operation
+from penstock.exchange.operation import Operation, Turn
 from penstock.exchange.pattern import Hosts
 from penstock.exchange.transport import Read, Views
 from penstock.testing.group import in_threads
@@ -38,15 +38,7 @@ class Wire:
         monkeypatch.setattr(network.time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(network, "_time_adding", lambda: network.PIECE_BYTES / 4e9)
 
-    def share(
-        self,
-        sequence: int,
-        operation: Operation,
-        parts: Views,
-        sizes: Sequence[int],
-        read: Read,
-        timeout_s: float,
-    ) -> None:
+    def share(self, turn: Turn, parts: Views, sizes: Sequence[int], read: Read) -> None:
         others = [p for rank, p in enumerate(parts) if rank != self.rank and p is not None]
         sent = sum(len(part) for part in others)
         heard = sum(size > 0 for rank, size in enumerate(sizes) if rank != self.rank)
@@ -58,7 +50,7 @@ class Wire:
         if own is not None:
             read([own] * self.world_size, 0, len(own))
 
-    def allocate(self, num_bytes: int, sequence: int, timeout_s: float) -> None:
+    def allocate(self, num_bytes: int, turn: Turn) -> None:
         return None
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -96,7 +88,7 @@ def test_a_burst_is_not_taken_for_the_link(monkeypatch: pytest.MonkeyPatch) -> N
     wire = Wire(2, monkeypatch)
     began = wire.now
     data = torch.zeros(network.SIZES_BYTES[0], dtype=torch.uint8)
-    wire.share(0, Operation("test"), [None, data], [0, len(data)], lambda *_: None, 1.0)
+    wire.share(Turn(0, Operation("test"), 1.0), [None, data], [0, len(data)], lambda *_: None)
     assert len(data) / (wire.now - began) > 4 * BYTES_PER_S
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.distributed import HashStore
 
 from penstock.errors import TransportError
-from penstock.exchange.operation import Operation
+from penstock.exchange.operation import Operation, Turn
 from penstock.exchange.peers import Peers
 from penstock.exchange.tcp import HEADER_BYTES, PIECE_BYTES, TcpTransport
 from penstock.exchange.transport import ALIGNMENT_BYTES
@@ -120,7 +120,7 @@ def share(
     parts = [None if (n := table[rank][to]) is None else body(rank, to, n) for to in everyone]
     sizes = [table[source][rank] or 0 for source in everyone]
     reader = Reader(transport)
-    transport.share(sequence, operation, parts, sizes, reader, timeout_s)
+    transport.share(Turn(sequence, operation, timeout_s), parts, sizes, reader)
     for source in everyone:
         assert bytes(reader.got[source]) == body(source, rank, sizes[source]).numpy().tobytes()
     return reader
@@ -200,7 +200,7 @@ def test_who_reads_may_write_over_the_same_bytes_of_the_parts(own: bool, group: 
     check(
         threads(
             [
-                lambda: transports[0].share(0, SUM, parts, sizes, read, 10.0),
+                lambda: transports[0].share(Turn(0, SUM, 10.0), parts, sizes, read),
                 late,
                 lambda: share(transports[2], table),
             ]
@@ -234,7 +234,7 @@ def test_the_own_part_is_shown_as_it_is(group: Group) -> None:
         assert views[0] is not None
         seen.append(views[0].data_ptr())
 
-    transports[0].share(0, SUM, [part, None], [100, 0], read, 5.0)
+    transports[0].share(Turn(0, SUM, 5.0), [part, None], [100, 0], read)
     assert seen == [part.data_ptr()]
 
 
@@ -264,8 +264,9 @@ def test_scratch_is_kept(group: Group) -> None:
 
     part, size = body(0, 0, 2 * CHUNK), 2 * CHUNK
     for sequence in range(3):
-        give = lambda n=sequence: transports[1].share(n, SUM, [part, None], [0, 0], read, 5.0)  # noqa: E731
-        take = lambda n=sequence: transports[0].share(n, SUM, [None] * 2, [0, size], read, 5.0)  # noqa: E731
+        turn = Turn(sequence, SUM, 5.0)
+        give = lambda turn=turn: transports[1].share(turn, [part, None], [0, 0], read)  # noqa: E731
+        take = lambda turn=turn: transports[0].share(turn, [None] * 2, [0, size], read)  # noqa: E731
         check(threads([give, take]))
     assert len(seen) == 6
     assert len({address for addresses in seen for address in addresses}) == 1
@@ -429,9 +430,9 @@ def test_an_error_in_reading_ends_the_group(group: Group) -> None:
         raise ValueError("no such dtype")
 
     part = body(0, 1, 10)
-    transports[1].share(0, SUM, [part, None], [0, 0], read, 5.0)
+    transports[1].share(Turn(0, SUM, 5.0), [part, None], [0, 0], read)
     with pytest.raises(ValueError, match="no such dtype"):
-        transports[0].share(0, SUM, [None, None], [0, 10], read, 5.0)
+        transports[0].share(Turn(0, SUM, 5.0), [None, None], [0, 10], read)
     told = errors(everywhere(transports, same(2, 10), sequence=1))
     assert all("number 0: rank 0 raised ValueError: no such dtype" in message for message in told)
 

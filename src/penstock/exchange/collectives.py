@@ -8,18 +8,18 @@ group has a table of topologies that says so (see `Call.topology`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
 from penstock.exchange import hierarchy, serial
 from penstock.exchange.cost import Sums, Table
 from penstock.exchange.mixed import MixedTransport
-from penstock.exchange.operation import Operation
+from penstock.exchange.operation import Operation, Turn
 from penstock.exchange.reduction import Combine, Reduction
 from penstock.exchange.schedules import Buffer, carry_out, cut, stepwise
 from penstock.exchange.topology import at_once, schedule
-from penstock.exchange.transport import Read, Transport, Views
+from penstock.exchange.transport import Read, Transport, Views, ignore
 
 ONE_PHASE_BYTES = 64 << 10
 """Up to here every rank reduces everything itself; above, each a part, if there are more than two.
@@ -30,14 +30,21 @@ _BYTE = torch.zeros(1, dtype=torch.uint8)
 _AT_ONCE = "all to all"
 
 
-class Call(NamedTuple):
-    """One collective under way: what `share` needs to know of it."""
+class Call(Turn):
+    """One collective under way: its turn, and what carries it out."""
 
-    transport: Transport
-    sequence: int
-    operation: Operation
-    timeout_s: float
-    table: Table | None = None
+    __slots__ = ("table", "transport")
+
+    def __init__(
+        self,
+        transport: Transport,
+        sequence: int,
+        operation: Operation,
+        timeout_s: float,
+        table: Table | None = None,
+    ) -> None:
+        super().__init__(sequence, operation, timeout_s)
+        self.transport, self.table = transport, table
 
     def share(
         self,
@@ -46,8 +53,7 @@ class Call(NamedTuple):
         read: Callable[[Views, int, int], None],
     ) -> None:
         """`Transport.share` of tensors of any dtype."""
-        given = _each(parts, as_bytes)
-        self.transport.share(self.sequence, self.operation, given, sizes, read, self.timeout_s)
+        self.transport.share(self, _each(parts, as_bytes), sizes, read)
 
     def topology(self, collective: str, num_bytes: int, otherwise: str, sums: Sums = "any") -> str:
         """The table's choice for a buffer of so many bytes; `otherwise` where there is no table."""
@@ -76,7 +82,7 @@ def barrier(call: Call) -> None:
         call.follow("barrier", topology)
         return
     world_size = call.transport.world_size
-    call.share([_BYTE] * world_size, [1] * world_size, _ignore)
+    call.share([_BYTE] * world_size, [1] * world_size, ignore)
 
 
 def all_reduce(
@@ -90,7 +96,7 @@ def all_reduce(
         shared: whether the source is read by others where it lies, on all ranks.
     """
     if isinstance(call.transport, MixedTransport) and hierarchy.all_reduce(
-        call.transport, call.sequence, call.operation, source, out, combine, call.timeout_s
+        call.transport, call, source, out, combine
     ):
         return
     rank, world_size = call.transport.rank, call.transport.world_size
@@ -101,14 +107,13 @@ def all_reduce(
     if topology == "gather":
         reduce_to_all(call, source, out, combine)
     elif topology == "direct":
-        borders = cut(len(out), out.itemsize, world_size)
+        borders = cut(0, len(out), world_size, out.itemsize)
         pieces = [out[start:stop] for start, stop in borders]
         sources = [source[start:stop] for start, stop in borders]
         _reduce_to_each(call, sources, pieces[rank], combine)
         _give_to_all(call, pieces[rank], pieces)
     else:
-        if out is not source:
-            serial.copy(source, out)
+        serial.copy(source, out)
         _reduce_along(call, "all_reduce", topology, out, out, combine)
 
 
@@ -125,14 +130,14 @@ def reduce(
     sums = _sums(combine, source.dtype)
     if (topology := call.topology("reduce", source.nbytes, "star", sums)) != "star":
         # Partial sums go into the root's result, and elsewhere into a copy.
-        buffer = source.clone() if out is None else out if out is source else out.copy_(source)
+        buffer = torch.empty_like(source) if out is None else out
+        serial.copy(source, buffer)
         _reduce_along(call, "reduce", topology, buffer, buffer, combine, root)
         return
     world_size = call.transport.world_size
-    parts: list[torch.Tensor | None] = [None] * world_size
-    parts[root] = source
+    parts = _only(root, source, None, world_size)
     if out is None:
-        call.share(parts, [0] * world_size, _ignore)
+        call.share(parts, [0] * world_size, ignore)
     else:
         call.share(parts, [source.nbytes] * world_size, _reducing(combine, out))
 
@@ -157,15 +162,12 @@ def broadcast(call: Call, tensor: torch.Tensor, root: int) -> None:
     if (topology := call.topology("broadcast", tensor.nbytes, "star")) != "star":
         call.follow("broadcast", topology, tensor, root=root)
         return
-    rank, world_size = call.transport.rank, call.transport.world_size
-    sizes = [0] * world_size
-    if rank == root:
-        call.share([None if r == root else tensor for r in range(world_size)], sizes, _ignore)
-        return
-    sizes[root] = tensor.nbytes
-    outputs: list[torch.Tensor | None] = [None] * world_size
-    outputs[root] = tensor
-    call.share([None] * world_size, sizes, _copying(outputs))
+    world_size = call.transport.world_size
+    if call.transport.rank == root:
+        call.share(_only(root, None, tensor, world_size), [0] * world_size, ignore)
+    else:
+        sizes = _only(root, tensor.nbytes, 0, world_size)
+        call.share([None] * world_size, sizes, _copying(_only(root, tensor, None, world_size)))
 
 
 def all_gather(call: Call, source: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
@@ -183,10 +185,9 @@ def gather(
 ) -> None:
     """Gives each rank's tensor to the root."""
     world_size = call.transport.world_size
-    parts: list[torch.Tensor | None] = [None] * world_size
-    parts[root] = source
+    parts = _only(root, source, None, world_size)
     if outputs is None:
-        call.share(parts, [0] * world_size, _ignore)
+        call.share(parts, [0] * world_size, ignore)
     else:
         call.share(parts, [out.nbytes for out in outputs], _copying(outputs))
 
@@ -196,9 +197,7 @@ def scatter(
 ) -> None:
     """Gives each rank its tensor of the root's."""
     world_size = call.transport.world_size
-    outputs: list[torch.Tensor | None] = [None] * world_size
-    outputs[root] = out
-    sizes = [out.nbytes if rank == root else 0 for rank in range(world_size)]
+    sizes, outputs = _only(root, out.nbytes, 0, world_size), _only(root, out, None, world_size)
     call.share([None] * world_size if sources is None else sources, sizes, _copying(outputs))
 
 
@@ -239,7 +238,7 @@ def _reduce_along(
         combine, divides = stepwise(combine)
     call.follow(collective, topology, buffer, combine, root)
     if divides:
-        out.div_(world_size)
+        serial.divide(out, world_size)
 
 
 def _reduce_to_each(
@@ -268,8 +267,9 @@ def _each(
     return changed
 
 
-def _ignore(views: Views, start: int, stop: int) -> None:
-    pass
+def _only(rank: int, one: Any, others: Any, world_size: int) -> list[Any]:
+    """By rank: this for one, that for all others."""
+    return [one if r == rank else others for r in range(world_size)]
 
 
 def _reducing(combine: Combine, out: torch.Tensor) -> Read:
@@ -290,9 +290,7 @@ def _copying(outputs: Sequence[torch.Tensor | None]) -> Read:
 
     def read(views: Views, start: int, stop: int) -> None:
         for view, out in zip(views, into, strict=True):
-            if view is not None and out is not None and len(view):
-                place = out[start : start + len(view)]
-                if place.data_ptr() != view.data_ptr():
-                    serial.copy(view, place)
+            if view is not None and out is not None:
+                serial.copy(view, out[start : start + len(view)])
 
     return read

@@ -206,10 +206,6 @@ class Communicator:
 
         return self._issue(_list_named("reduce_scatter", inputs, reduction.op), run, sync)
 
-    def all_to_all(self, output: torch.Tensor, input: torch.Tensor, *, sync: bool = False) -> Work:
-        """Gives input[r] to rank r; output[r] comes from it."""
-        return self.exchange(list(output.unbind()), list(input.unbind()), sync=sync)
-
     def exchange(
         self,
         outputs: Sequence[torch.Tensor],
@@ -237,13 +233,13 @@ class Communicator:
 
     def send(self, tensor: torch.Tensor, peer: int, tag: int = 0) -> Work:
         """Sends to one rank; what is sent with one tag arrives in order."""
-        self._is_peer(peer)
+        self._in_group(peer)
         return self._post(self._letters().send(peer, tag, collectives.as_bytes(_flat(tensor))))
 
     def receive(self, tensor: torch.Tensor, peer: int | None, tag: int = 0) -> Work:
         """Receives from one rank, or (None) from whichever sends first."""
         if peer is not None:
-            self._is_peer(peer)
+            self._in_group(peer)
         flat = _flat(tensor, written=True)
         letter = self._letters().receive(peer, tag, collectives.as_bytes(flat))
         return self._post(letter, lambda: _put_back(tensor, flat))
@@ -255,7 +251,7 @@ class Communicator:
         found: list[torch.Tensor | None] = []
 
         def run(call: Call) -> None:
-            found.append(call.transport.allocate(num_bytes, call.sequence, call.timeout_s))
+            found.append(call.transport.allocate(num_bytes, call))
 
         self._issue(_operation("allocate", ""), run, True)
         memory = found[0]
@@ -300,10 +296,7 @@ class Communicator:
                 if (error := self._run(run, call, issued_ns)) is not None:
                     raise error
                 return DONE
-            if observer is None:
-                work = Work(f"{operation.text}, number {call.sequence}")
-            else:
-                work = ObservedWork(observer, operation, call.sequence)
+            work = Work(call.what) if observer is None else ObservedWork(observer, call)
             self._unfinished += 1
             if self._thread is None:
                 self._thread = threading.Thread(
@@ -356,8 +349,7 @@ class Communicator:
             self._error = error
             self._transport.abort(error.message)  # before the others hear that this rank has left
         except BaseException as error:  # Ctrl-C, too, leaves the ranks out of step
-            what = f"{call.operation.text}, number {call.sequence}: {error!r}"
-            self._error = TransportError(f"rank {self.rank}: {what}")
+            self._error = TransportError(f"rank {self.rank}: {call.what}: {error!r}")
             self._error.__cause__ = error
             self._transport.abort(self._error.message)
             if not isinstance(error, Exception):
@@ -369,8 +361,7 @@ class Communicator:
 
     def _is_root(self, root: int, only_there: object = ...) -> bool:
         """Whether this rank is the root; UserError where there is none, or a list is misplaced."""
-        if not 0 <= root < self.world_size:
-            raise UserError(f"root {root}: expected a rank from 0 to {self.world_size - 1}")
+        self._in_group(root, "root")
         here = root == self.rank
         if only_there is not ... and (only_there is not None) != here:
             where = "missing at the root" if here else f"given at rank {self.rank}"
@@ -385,9 +376,9 @@ class Communicator:
                 f"{len(tensors)} tensors: expected one for each of {self.world_size} ranks"
             )
 
-    def _is_peer(self, peer: int) -> None:
-        if not 0 <= peer < self.world_size:
-            raise UserError(f"rank {peer}: expected a rank from 0 to {self.world_size - 1}")
+    def _in_group(self, rank: int, name: str = "rank") -> None:
+        if not 0 <= rank < self.world_size:
+            raise UserError(f"{name} {rank}: expected a rank from 0 to {self.world_size - 1}")
 
     def _letters(self) -> Mailbox:
         if self._mailbox is None:

@@ -21,10 +21,11 @@ import torch
 
 from penstock.exchange import serial
 from penstock.exchange.mixed import MixedTransport
-from penstock.exchange.operation import Operation
+from penstock.exchange.operation import Turn
 from penstock.exchange.reduction import Combine
+from penstock.exchange.schedules import cut
 from penstock.exchange.tcp import Chunks
-from penstock.exchange.transport import ALIGNMENT_BYTES, Read, Views
+from penstock.exchange.transport import Read, Views, ignore
 
 LEAST_BYTES = 128 << 10
 """Below, three stages take longer than what they save. [measured: 2 hosts of 2 ranks, 10 Gbit/s,
@@ -38,12 +39,10 @@ Range = tuple[int, int]
 
 def all_reduce(
     transport: MixedTransport,
-    sequence: int,
-    operation: Operation,
+    turn: Turn,
     source: torch.Tensor,
     out: torch.Tensor,
     combine: Combine,
-    timeout_s: float,
 ) -> bool:
     """Reduces the tensors of all ranks for all, if that is better done so; else does nothing.
 
@@ -59,7 +58,7 @@ def all_reduce(
     orders = combine.grouped(transport.groups, out.dtype)
     if orders is None:
         return False
-    run = _AllReduce(transport, sequence, operation, source, out, orders, timeout_s)
+    run = _AllReduce(transport, turn, source, out, orders)
     pieces = list(itertools.pairwise([*range(0, source.nbytes, PIECE_BYTES), source.nbytes]))
     for step in range(len(pieces) + 2):
         under_way = run.across(pieces[step - 1]) if 0 < step <= len(pieces) else nullcontext()
@@ -77,15 +76,12 @@ class _AllReduce:
     def __init__(
         self,
         transport: MixedTransport,
-        sequence: int,
-        operation: Operation,
+        turn: Turn,
         source: torch.Tensor,
         out: torch.Tensor,
         orders: tuple[list[Combine], Combine],
-        timeout_s: float,
     ) -> None:
-        self._near, self._far = transport.near, transport.far
-        self._sequence, self._operation, self._timeout_s = sequence, operation, timeout_s
+        self._near, self._far, self._turn = transport.near, transport.far, turn
         self._source, self._out = source.view(torch.uint8), out.view(torch.uint8)
         self._dtype = out.dtype
         groups, place = transport.groups, transport.near.rank
@@ -103,11 +99,11 @@ class _AllReduce:
         given: list[torch.Tensor | None] = [None] * self._near.world_size
         given[: self._lanes] = [self._source[start:stop] for start, stop in parts]
         first, last = 0, 0
-        read: Read = _ignore
+        read: Read = ignore
         if self._lane is not None:
             first, last = parts[self._lane]
             read = self._reducing(self._inner, first, range(self._near.world_size))
-        self._memory(given, [last - first] * self._near.world_size, read)
+        self._near.share(self._turn, given, [last - first] * self._near.world_size, read)
 
     @contextmanager
     def across(self, piece: Range) -> Iterator[None]:
@@ -116,7 +112,7 @@ class _AllReduce:
         if self._lane is not None:
             lane = self._parts(piece)[self._lane]
             # Of two hosts both reduce all of it: as many bytes, and one step less.
-            parts = [lane] * 2 if self._hosts == 2 else _cut(lane, self._hosts)
+            parts = [lane] * 2 if self._hosts == 2 else cut(*lane, self._hosts)
         first, last = parts[self._host]
         given = [self._out[start:stop] for start, stop in parts]
         with self._flow(given, [last - first] * self._hosts) as chunks:
@@ -140,15 +136,13 @@ class _AllReduce:
             given = [self._out[first:last]] * self._near.world_size
         sizes = [0] * self._near.world_size
         sizes[: self._lanes] = [stop - start for start, stop in parts]
-        self._memory(given, sizes, lambda views, start, _: self._copy(views, parts, start))
+        self._near.share(
+            self._turn, given, sizes, lambda views, start, _: self._copy(views, parts, start)
+        )
 
     def _parts(self, piece: Range) -> list[Range]:
         """Of each lane."""
-        return _cut(piece, self._lanes)
-
-    def _memory(self, given: Views, sizes: Sequence[int], read: Read) -> None:
-        """Shares within the host."""
-        self._near.share(self._sequence, self._operation, given, sizes, read, self._timeout_s)
+        return cut(*piece, self._lanes)
 
     def _flow(
         self, given: Sequence[torch.Tensor], sizes: Sequence[int]
@@ -158,7 +152,7 @@ class _AllReduce:
         expected = [0] * self._far.world_size
         for number, rank in enumerate(self._column):
             parts[rank], expected[rank] = given[number], sizes[number]
-        return self._far.flow(self._sequence, self._operation, parts, expected, self._timeout_s)
+        return self._far.flow(self._turn, parts, expected)
 
     def _reducing(self, combine: Combine, first: int, ranks: Sequence[int]) -> Read:
         """Reduces what these ranks have into `out`, from there on."""
@@ -174,18 +168,4 @@ class _AllReduce:
         """Copies what others have reduced to where it belongs in `out`."""
         for view, (first, _) in zip(views, parts, strict=False):
             if view is not None:
-                place = self._out[first + start : first + start + len(view)]
-                if place.data_ptr() != view.data_ptr():
-                    serial.copy(view, place)
-
-
-def _cut(whole: Range, count: int) -> list[Range]:
-    """So many about equal parts, each of which starts on a cache line."""
-    first, last = whole
-    lines = -(-(last - first) // ALIGNMENT_BYTES)
-    marks = [lines * part // count * ALIGNMENT_BYTES for part in range(count + 1)]
-    return list(itertools.pairwise(min(last, first + mark) for mark in marks))
-
-
-def _ignore(views: Views, start: int, stop: int) -> None:
-    pass
+                serial.copy(view, self._out[first + start : first + start + len(view)])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from penstock.errors import TransportError
-from penstock.exchange.operation import Operation
+from penstock.exchange.operation import Operation, Turn
 from penstock.exchange.transport import Read, Views, aborted, differs, lost, misfit, stalled
 
 
@@ -43,25 +43,17 @@ class LoopbackTransport:
         self._meeting = meeting
         self._steps = 0
 
-    def share(
-        self,
-        sequence: int,
-        operation: Operation,
-        parts: Views,
-        sizes: Sequence[int],
-        read: Read,
-        timeout_s: float,
-    ) -> None:
-        meeting, step, give_up = self._meeting, self._steps, time.monotonic() + timeout_s
+    def share(self, turn: Turn, parts: Views, sizes: Sequence[int], read: Read) -> None:
+        meeting, step, give_up = self._meeting, self._steps, time.monotonic() + turn.timeout_s
         self._steps += 1
         with meeting.changed:
             brought = meeting.brought.setdefault(step, {})
-            brought[self.rank] = operation, [p if p is None else p.clone() for p in parts]
+            brought[self.rank] = turn.operation, [p if p is None else p.clone() for p in parts]
             meeting.changed.notify_all()
             while len(brought) < self.world_size:
-                self._wait(brought, give_up, operation, sequence, timeout_s)
+                self._wait(brought, give_up, turn)
         try:
-            views = self._views(brought, operation, sequence, sizes)
+            views = self._views(brought, turn, sizes)
         except TransportError as error:
             self.abort(error.message)
             raise
@@ -78,11 +70,11 @@ class LoopbackTransport:
             have_read.add(self.rank)
             meeting.changed.notify_all()
             while len(have_read) < self.world_size:
-                self._wait(have_read, give_up, operation, sequence, timeout_s)
+                self._wait(have_read, give_up, turn)
             meeting.read.pop(step, None)
             meeting.brought.pop(step, None)
 
-    def allocate(self, num_bytes: int, sequence: int, timeout_s: float) -> torch.Tensor | None:
+    def allocate(self, num_bytes: int, turn: Turn) -> torch.Tensor | None:
         return None
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -98,48 +90,31 @@ class LoopbackTransport:
             self._meeting.gone.add(self.rank)
             self._meeting.changed.notify_all()
 
-    def _wait(
-        self,
-        there: Collection[int],
-        give_up: float,
-        operation: Operation,
-        sequence: int,
-        timeout_s: float,
-    ) -> None:
+    def _wait(self, there: Collection[int], give_up: float, turn: Turn) -> None:
         """Until something has changed; raises when nothing will."""
-        meeting, what = self._meeting, f"{operation.text}, number {sequence}"
+        meeting = self._meeting
         if meeting.reason is not None:
-            raise aborted(what, meeting.reason)
+            raise aborted(turn.what, meeting.reason)
         missing = [rank for rank in range(self.world_size) if rank not in there]
         if left := [rank for rank in missing if rank in meeting.gone]:
-            raise lost(what, left[0], self.hosts, "has left")
+            raise lost(turn.what, left[0], self.hosts, "has left")
         remaining_s = give_up - time.monotonic()
         if remaining_s <= 0:
-            raise stalled(operation, sequence, missing, self.hosts, timeout_s)
+            raise stalled(turn, missing, self.hosts)
         meeting.changed.wait(remaining_s)
 
     def _views(
-        self,
-        brought: dict[int, tuple[Operation, Views]],
-        operation: Operation,
-        sequence: int,
-        sizes: Sequence[int],
+        self, brought: dict[int, tuple[Operation, Views]], turn: Turn, sizes: Sequence[int]
     ) -> Views:
         """What each rank has for this one; raises where they differ on what this is."""
         views = []
         for peer, (theirs, parts) in sorted(brought.items()):
-            if theirs != operation:
-                raise differs(sequence, operation.text, self.rank, peer, theirs.text, self.hosts)
+            if theirs != turn.operation:
+                mine = turn.operation.text
+                raise differs(turn.sequence, mine, self.rank, peer, theirs.text, self.hosts)
             view = parts[self.rank]
-            if (0 if view is None else len(view)) != sizes[peer]:
-                raise misfit(
-                    sequence,
-                    operation,
-                    self.rank,
-                    sizes[peer],
-                    peer,
-                    0 if view is None else len(view),
-                    self.hosts,
-                )
+            num_bytes = 0 if view is None else len(view)
+            if num_bytes != sizes[peer]:
+                raise misfit(turn, self.rank, sizes[peer], peer, num_bytes, self.hosts)
             views.append(view)
         return views

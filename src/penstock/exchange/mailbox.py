@@ -11,7 +11,6 @@ this rank itself waits for something.
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import socket
@@ -27,6 +26,7 @@ import torch
 
 from penstock.errors import TransportError
 from penstock.exchange.peers import Peers
+from penstock.exchange.work import Work
 
 HEADER = struct.Struct("!4sqQ")
 MAGIC = b"mail"
@@ -38,31 +38,21 @@ IDLE_S = 60.0
 JOIN_S = 5.0
 CLOSED = "closed its end of the connection"
 
-log = logging.getLogger(__name__)
 
-
-class Letter:
-    """A send or receive under way; made by `Mailbox`.
-
-    Attributes:
-        source: of a receive, once done: the rank that sent it.
-    """
+class Letter(Work):
+    """A send or receive under way; made by `Mailbox`, whose thread ends it, and calls then: what is
+    called must not wait for another letter."""
 
     def __init__(
         self, mailbox: Mailbox, what: str, peer: int | None, tag: int, view: memoryview
     ) -> None:
-        self.source: int | None = None
-        self.what = what
+        super().__init__(what)
         self.peer = peer
         self.tag = tag
         self.view = view
         self.moved_bytes = 0
         self.deadline = time.monotonic() + mailbox.timeout_s
         self._mailbox = mailbox
-        self._over = threading.Event()
-        self._error: TransportError | None = None
-        self._lock = threading.Lock()
-        self._calls: list[Callable[[TransportError | None], None]] = []
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until it is done; by default until the mailbox's own deadline for it.
@@ -72,40 +62,10 @@ class Letter:
         Raises:
             TransportError: names peer, tag and bytes.
         """
-        if not self._over.wait(timeout_s):
+        if not self._done.wait(timeout_s):
             assert timeout_s is not None
             self._mailbox.give_up(self, timeout_s)
-            self._over.wait()
-        if self._error is not None:
-            raise TransportError(self._error.message, hint=self._error.hint)
-
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self._over.is_set()
-
-    def when_done(self, call: Callable[[TransportError | None], None]) -> None:
-        """Calls once it has ended, with its error if it failed; at once if it has.
-
-        Else the mailbox's thread calls: then it must not wait for another letter.
-        """
-        with self._lock:
-            if not self._over.is_set():
-                self._calls.append(call)
-                return
-        call(self._error)
-
-    def end(self, error: TransportError | None = None) -> None:
-        """The mailbox's own: it has succeeded, or failed so. Doing it again does nothing."""
-        with self._lock:
-            if self._over.is_set():
-                return
-            self._error = error
-            self._over.set()
-        for call in self._calls:
-            try:
-                call(error)
-            except Exception:  # one caller's mistake is not to end the others' letters
-                log.exception("what was to be called after the %s failed", self.what)
+        super().wait()
 
 
 class Mailbox:
@@ -146,7 +106,7 @@ class Mailbox:
         Done means that it is on its way, not that it was received.
         """
         what = f"send of {data.numel()} bytes to {self._name(peer)}, tag {tag}"
-        return self._post(self._send, Letter(self, what, peer, tag, _view(data)))
+        return self._post(self._send, Letter(self, what, peer, tag, data.numpy().data))
 
     def receive(self, peer: int | None, tag: int, into: torch.Tensor) -> Letter:
         """Receives into uint8 (bytes,), contiguous, which is the letter's until it is done.
@@ -156,7 +116,7 @@ class Mailbox:
         """
         sender = "any rank" if peer is None else self._name(peer)
         what = f"receive of {into.numel()} bytes from {sender}, tag {tag}"
-        return self._post(self._receive, Letter(self, what, peer, tag, _view(into)))
+        return self._post(self._receive, Letter(self, what, peer, tag, into.numpy().data))
 
     def close(self) -> None:
         """Ends the thread; letters under way fail. Doing it again does nothing."""
@@ -442,7 +402,7 @@ class _Message:
         if self.discarded:
             return memoryview(bytearray(stop - self.moved_bytes))
         if self.receive is None and self.memory is None:
-            self.memory = _view(torch.empty(self.num_bytes, dtype=torch.uint8))
+            self.memory = torch.empty(self.num_bytes, dtype=torch.uint8).numpy().data
         memory = self.memory if self.receive is None else self.receive.view
         assert memory is not None
         return memory[self.moved_bytes : stop]
@@ -468,7 +428,3 @@ class _Pair:
     mask: int = 0
     ended: bool = False
     why: str | None = None
-
-
-def _view(tensor: torch.Tensor) -> memoryview:
-    return tensor.numpy().data

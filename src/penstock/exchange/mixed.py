@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from penstock.exchange.operation import Operation
+from penstock.exchange.operation import Turn
 from penstock.exchange.peers import Peers
 from penstock.exchange.shm import ShmTransport
 from penstock.exchange.tcp import Chunks, TcpTransport
@@ -54,40 +54,28 @@ class MixedTransport:
         self.far = TcpTransport(peers)
         self._members = list(near)
 
-    def share(
-        self,
-        sequence: int,
-        operation: Operation,
-        parts: Views,
-        sizes: Sequence[int],
-        read: Read,
-        timeout_s: float,
-    ) -> None:
+    def share(self, turn: Turn, parts: Views, sizes: Sequence[int], read: Read) -> None:
         inside = [parts[member] for member in self._members]
         inside_sizes = [sizes[member] for member in self._members]
         outside, outside_sizes = list(parts), list(sizes)
         for member in self._members:
             outside[member], outside_sizes[member] = None, 0
         longest = max(sizes)
-        with self.far.flow(
-            sequence, operation, outside, outside_sizes, timeout_s, longest
-        ) as chunks:
+        with self.far.flow(turn, outside, outside_sizes, longest) as chunks:
             joined = _Joined(self._members, chunks, longest, read)
-            self.near.share(sequence, operation, inside, inside_sizes, joined.read, timeout_s)
+            self.near.share(turn, inside, inside_sizes, joined.read)
             joined.rest()
 
-    def allocate(self, num_bytes: int, sequence: int, timeout_s: float) -> torch.Tensor | None:
+    def allocate(self, num_bytes: int, turn: Turn) -> torch.Tensor | None:
         """Memory that this host's ranks read in place; None on all ranks where a host has none."""
-        memory = self.near.allocate(num_bytes, sequence, timeout_s)
+        memory = self.near.allocate(num_bytes, turn)
         said = _BYTE if memory is not None else torch.zeros_like(_BYTE)
         had: list[bool] = []
 
         def hear(views: Views, start: int, stop: int) -> None:
             had.extend(bool(view) for view in views if view is not None)
 
-        operation = Operation("allocate")  # so much, or as much as another rank needs
-        world_size = self.world_size
-        self.share(sequence, operation, [said] * world_size, [1] * world_size, hear, timeout_s)
+        self.share(turn, [said] * self.world_size, [1] * self.world_size, hear)
         return memory if all(had) else None
 
     def holds(self, tensor: torch.Tensor) -> bool:

@@ -30,7 +30,7 @@ from penstock.exchange.cost import Link, Links, Table
 from penstock.exchange.operation import Operation
 from penstock.exchange.pattern import Hosts
 from penstock.exchange.reduction import PIECE_BYTES
-from penstock.exchange.transport import Transport, Views
+from penstock.exchange.transport import Transport, ignore
 
 ROUNDS = 15
 """Steps of one byte; their median is not moved by a few that the scheduler has held up."""
@@ -172,7 +172,7 @@ def _time(call: Call, to: Sequence[int], of: Sequence[int], data: torch.Tensor) 
     parts = [data if rank in to else None for rank in range(world_size)]
     sizes = [data.nbytes if rank in of else 0 for rank in range(world_size)]
     began = time.perf_counter()
-    call.share(parts, sizes, _ignore)
+    call.share(parts, sizes, ignore)
     return time.perf_counter() - began
 
 
@@ -204,7 +204,3 @@ def _told_by_first(call: Call, values: Any) -> Any:
         text = torch.zeros(int(length), dtype=torch.uint8)
     collectives.broadcast(call, text, 0)
     return json.loads(text.numpy().tobytes())
-
-
-def _ignore(views: Views, start: int, stop: int) -> None:
-    pass

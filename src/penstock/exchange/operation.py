@@ -1,4 +1,4 @@
-"""What ranks must issue alike: the name of a collective, for comparing and for errors."""
+"""What ranks must issue alike: the name of a collective and its turn, for comparing and errors."""
 
 from __future__ import annotations
 
@@ -29,3 +29,22 @@ class Operation:
         """64 bits by which ranks see that they mean the same; never 0."""
         digest = hashlib.blake2b(self.text.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") or 1
+
+
+@dataclass(slots=True)
+class Turn:
+    """One operation as it was issued.
+
+    Arguments:
+        sequence: of the operation in its group, for errors.
+        timeout_s: how long to wait for a rank.
+    """
+
+    sequence: int
+    operation: Operation
+    timeout_s: float
+
+    @property
+    def what(self) -> str:
+        """As it is said in errors: "barrier, number 7"."""
+        return f"{self.operation.text}, number {self.sequence}"

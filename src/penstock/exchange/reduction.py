@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -123,35 +124,32 @@ class Reduction:
             parts: by rank, each (n,), contiguous, of out's dtype; they stay as they are.
             out: (n,); may be one of the parts.
         """
-        operator, order = _OPERATORS[self.op], tree.order(len(parts))
+        ordered = _ordered(self.op, len(parts))
+        if out.dtype not in _NARROW:
+            ordered.combine(parts, out)
+            return
         for pieces, piece in _pieces(parts, out):
-            if out.dtype in _NARROW:
-                total = _fold(operator, order, [p.float() for p in pieces], None)
-                piece.copy_(total.div_(len(parts)) if self.op == "avg" else total)
-            else:
-                _fold(operator, order, pieces, piece)
-                if self.op == "avg":
-                    divide(piece, len(parts))
+            wide = [part.float() for part in pieces]
+            ordered.combine(wide, wide[0])
+            piece.copy_(wide[0])
 
     def grouped(
         self, groups: Sequence[Sequence[int]], dtype: torch.dtype
     ) -> tuple[list[Combine], Combine] | None:
         """As `Combine.grouped`; half precision would be rounded twice."""
-        operator, world_size = _OPERATORS[self.op], sum(map(len, groups))
         exact = not (dtype.is_floating_point or dtype.is_complex)
         if exact or self.op in ("min", "max"):  # the same in any order
-            inner: list[Combine] = [_Ordered(operator, tree.order(len(g))) for g in groups]
-            return inner, _Ordered(operator, tree.order(len(groups)))
+            inner: list[Combine] = [_ordered(self.op, len(group)) for group in groups]
+            return inner, _ordered(self.op, len(groups))
         if dtype in _NARROW:
             return None
-        divisor = world_size if self.op == "avg" else 1
-        return _Ordered(operator, tree.order(world_size), divisor).grouped(groups, dtype)
+        return _ordered(self.op, sum(map(len, groups))).grouped(groups, dtype)
 
 
 SUM = Reduction()
 
 
-class Total:
+class Total(_Ordered):
     """The sum over shards along their fixed tree, of which each rank brings one subtree.
 
     Arguments:
@@ -163,8 +161,8 @@ class Total:
     def __init__(
         self, covers: Sequence[tree.Node], shards: int, op: str = "sum over shards"
     ) -> None:
+        super().__init__(_ADD, tree.order_of(covers, shards))
         self.op = op
-        self._order = tree.order_of(covers, shards)
 
     def check(self, dtype: torch.dtype) -> None:
         """Parameters and gradients can be added."""
@@ -173,16 +171,11 @@ class Total:
         """What a rank brings: its tensor."""
         return tensor
 
-    def combine(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        """As `Reduction.combine`."""
-        for pieces, piece in _pieces(parts, out):
-            _fold(_ADD, self._order, pieces, piece)
 
-    def grouped(
-        self, groups: Sequence[Sequence[int]], dtype: torch.dtype
-    ) -> tuple[list[Combine], Combine] | None:
-        """As `Combine.grouped`."""
-        return _Ordered(_ADD, self._order).grouped(groups, dtype)
+@lru_cache(maxsize=64)
+def _ordered(op: str, parts: int) -> _Ordered:
+    """So many parts in the order of their tree."""
+    return _Ordered(_OPERATORS[op], tree.order(parts), parts if op == "avg" else 1)
 
 
 def _pieces(

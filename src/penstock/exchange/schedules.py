@@ -18,7 +18,7 @@ import torch
 from penstock.exchange import serial
 from penstock.exchange.reduction import Combine, Reduction
 from penstock.exchange.topology import Receive, Schedule, Send, Step
-from penstock.exchange.transport import Read, Views
+from penstock.exchange.transport import ALIGNMENT_BYTES, Read, Views
 
 Buffer = torch.Tensor | Sequence[torch.Tensor]
 """A rank's buffer: (n,), to be cut into as many chunks as the schedule has; or those chunks, of any
@@ -75,18 +75,19 @@ def stepwise(combine: Combine) -> tuple[Combine, bool]:
     return combine, False
 
 
-def cut(length: int, itemsize: int, parts: int) -> list[tuple[int, int]]:
-    """Borders of so many about equal runs of [0, length); each starts on a cache line."""
-    step = max(1, 64 // itemsize)
-    lines = -(-length // step)
-    marks = [min(length, lines * part // parts * step) for part in range(parts + 1)]
+def cut(first: int, last: int, parts: int, itemsize: int = 1) -> list[tuple[int, int]]:
+    """Borders of so many about equal runs of [first, last); each starts on a cache line, if `first`
+    does."""
+    step = max(1, ALIGNMENT_BYTES // itemsize)
+    lines = -(-(last - first) // step)
+    marks = [min(last, first + lines * part // parts * step) for part in range(parts + 1)]
     return list(itertools.pairwise(marks))
 
 
 def _cutting(buffer: Buffer, chunks: int) -> _Piece:
     if not isinstance(buffer, torch.Tensor):
         return lambda first, last: buffer[first]
-    borders = cut(len(buffer), buffer.itemsize, chunks)
+    borders = cut(0, len(buffer), chunks, buffer.itemsize)
     return lambda first, last: buffer[borders[first][0] : borders[last - 1][1]]
 
 

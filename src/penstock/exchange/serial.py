@@ -62,6 +62,7 @@ def divide(tensor: torch.Tensor, divisor: int) -> None:
 
 
 def copy(source: torch.Tensor, out: torch.Tensor) -> None:
-    """Copies contiguous tensors of one dtype and size."""
-    if source.nbytes:
-        ctypes.memmove(out.data_ptr(), source.data_ptr(), source.nbytes)
+    """Copies contiguous tensors of one dtype and size, unless they are one."""
+    here, there = source.data_ptr(), out.data_ptr()
+    if here != there:
+        ctypes.memmove(there, here, source.nbytes)

@@ -28,9 +28,9 @@ import torch
 
 from penstock.errors import TransportError
 from penstock.exchange import serial
-from penstock.exchange.operation import Operation
+from penstock.exchange.operation import Operation, Turn
 from penstock.exchange.peers import Peers
-from penstock.exchange.transport import Read, Views, differs, lost, misfit, stalled
+from penstock.exchange.transport import ALIGNMENT_BYTES, Read, Views, differs, lost, misfit, stalled
 
 FOLDER = "/dev/shm"
 CHUNK_BYTES = 1 << 20
@@ -39,7 +39,8 @@ CHUNK_BYTES = 1 << 20
 SLOT_BYTES = 4 << 20
 """Chunks are smaller where a chunk for each of very many ranks would be larger than this."""
 
-_POSTED, _ASLEEP, _HEADS = 0, 64, 128  # in the segment, on cache lines of their own
+# In the segment, on cache lines of their own:
+_POSTED, _ASLEEP, _HEADS = 0, ALIGNMENT_BYTES, 2 * ALIGNMENT_BYTES
 _HEAD = struct.Struct("<QQQ")  # signature, rounds, whether something is read in place
 _ENTRY = struct.Struct("<qq")  # for each rank: bytes, place
 _TEXT_BYTES, _NAME_BYTES, _NONCE_BYTES = 256, 64, 16
@@ -56,8 +57,8 @@ _nap = (ctypes.c_long * 2)(0, int(_NAP_S * 1e9))
 
 _KNOWN = 256
 
-_Wait = tuple[int, Operation, float, float]
-"""What is waited for, and how long: sequence, operation, seconds, since (of time.monotonic)."""
+_Wait = tuple[Turn, float]
+"""What is waited for, and since when (of time.monotonic)."""
 
 
 class NoMemory(TransportError):
@@ -96,9 +97,10 @@ class ShmTransport:
         self.hosts: Sequence[str] = [peers.hosts[member] for member in members]
         self._peers, self._members = peers, members
         self._others = [rank for rank in range(self.world_size) if rank != self.rank]
-        self._chunk = min(CHUNK_BYTES, SLOT_BYTES // self.world_size) // 64 * 64
+        chunk = min(CHUNK_BYTES, SLOT_BYTES // self.world_size)
+        self._chunk = chunk // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         self._head = struct.Struct(_HEAD.format + "qq" * self.world_size)
-        head_bytes = _whole(self._head.size + _TEXT_BYTES, 64)
+        head_bytes = _whole(self._head.size + _TEXT_BYTES, ALIGNMENT_BYTES)
         self._heads = [_HEADS, _HEADS + head_bytes]
         slot_bytes = self._chunk * self.world_size
         slots = _whole(_HEADS + 2 * head_bytes, mmap.PAGESIZE)
@@ -117,20 +119,12 @@ class ShmTransport:
         self._spins = _SPINS if self.world_size <= len(os.sched_getaffinity(0)) else 0
         self._round = 0
 
-    def share(
-        self,
-        sequence: int,
-        operation: Operation,
-        parts: Views,
-        sizes: Sequence[int],
-        read: Read,
-        timeout_s: float,
-    ) -> None:
-        wait = (sequence, operation, timeout_s, time.monotonic())
+    def share(self, turn: Turn, parts: Views, sizes: Sequence[int], read: Read) -> None:
+        wait = (turn, time.monotonic())
         own = parts[self.rank]
         staged: Sequence[tuple[int, torch.Tensor]]
         if own is not None and len(own) <= self._chunk and _alike(own, parts, sizes):
-            small = self._small(operation, own)
+            small = self._small(turn.operation, own)
             self._post(wait)
             if all(self._head_of(peer) == small.head for peer in self._others):
                 views = small.views.copy()
@@ -139,11 +133,11 @@ class ShmTransport:
                 return
             staged, rounds, in_place = [(0, own)], 1, False
         else:
-            staged, rounds, in_place = self._offer(operation, parts)
+            staged, rounds, in_place = self._offer(turn.operation, parts)
             self._post(wait)
         places = [0] * self.world_size
         for peer in self._others:
-            places[peer], their_rounds, theirs_in_place = self._offered(peer, sizes[peer], wait)
+            places[peer], their_rounds, theirs_in_place = self._offered(peer, sizes[peer], turn)
             rounds = max(rounds, their_rounds)
             in_place = in_place or theirs_in_place
         longest = max(sizes)
@@ -158,13 +152,12 @@ class ShmTransport:
         if in_place:  # what was read in place has been read when all have come here
             self._post(wait)
 
-    def allocate(self, num_bytes: int, sequence: int, timeout_s: float) -> torch.Tensor | None:
+    def allocate(self, num_bytes: int, turn: Turn) -> torch.Tensor | None:
         """Memory of this rank that all others read in place. Collective.
 
         Returns:
             uint8 (num_bytes,); None, on all ranks, where one of them cannot have so much.
         """
-        operation = Operation("allocate")  # so much, or as much as another rank needs
         try:
             path, memory = _create(max(1, num_bytes))
         except NoMemory:
@@ -177,14 +170,14 @@ class ShmTransport:
 
         try:
             sizes = [_NAME_BYTES] * self.world_size
-            self.share(sequence, operation, [said] * self.world_size, sizes, hear, timeout_s)
+            self.share(turn, [said] * self.world_size, sizes, hear)
             maps = [
                 memory if rank == self.rank else _open(name)
                 for rank, name in enumerate(names)
                 if all(names)
             ]
             nothing = [None] * self.world_size  # all have mapped all:
-            self.share(sequence, operation, nothing, [0] * self.world_size, hear, timeout_s)
+            self.share(turn, nothing, [0] * self.world_size, hear)
         finally:
             _let_go(path)
         if not maps:
@@ -193,7 +186,7 @@ class ShmTransport:
         return self._allocations[-1][self.rank][:num_bytes]
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        return bool(self._allocations) and tensor.nbytes > self._chunk and self._find(tensor) >= 0
+        return bool(self._allocations) and self._place(tensor) >= 0
 
     def abort(self, reason: str) -> None:
         self._peers.abort(reason)
@@ -274,36 +267,32 @@ class ShmTransport:
             piece = part[start : start + self._chunk]
             serial.copy(piece, slot[offset : offset + len(piece)])
 
-    def _place(self, part: torch.Tensor) -> int:
-        """Where bytes are read in place, or -1. A chunk and less is copied all the same."""
-        return self._find(part) if len(part) > self._chunk else -1
-
-    def _find(self, tensor: torch.Tensor) -> int:
-        """Where a tensor lies in this rank's allocations, or -1."""
-        for number, memories in enumerate(self._allocations):
-            memory = memories[self.rank]
-            offset = tensor.data_ptr() - memory.data_ptr()
-            if 0 <= offset < len(memory):
-                return number * _ALLOCATION + offset
+    def _place(self, tensor: torch.Tensor) -> int:
+        """Where a tensor is read in place: in an allocation of this rank; or -1. A chunk and less
+        is copied all the same."""
+        if tensor.nbytes > self._chunk:
+            for number, memories in enumerate(self._allocations):
+                memory = memories[self.rank]
+                offset = tensor.data_ptr() - memory.data_ptr()
+                if 0 <= offset < len(memory):
+                    return number * _ALLOCATION + offset
         return -1
 
-    def _offered(self, peer: int, size: int, wait: _Wait) -> tuple[int, int, bool]:
+    def _offered(self, peer: int, size: int, turn: Turn) -> tuple[int, int, bool]:
         """What a peer has offered: the place of what is for this rank, its rounds, and whether
         something of it is read in place."""
-        sequence, operation, *_ = wait
         theirs, at = self._maps[peer], self._heads[self._round & 1]
         signature, rounds, in_place = _HEAD.unpack_from(theirs, at)
-        if signature != operation.signature:
+        if signature != turn.operation.signature:
             at += self._head.size
             text = bytes(theirs[at : at + _TEXT_BYTES]).decode(errors="replace").strip()
-            rank, other = self._named(peer)
-            hosts = self._peers.hosts
-            raise self._failed(differs(sequence, operation.text, rank, other, text, hosts))
+            named, mine = self._named(peer), turn.operation.text
+            raise self._failed(differs(turn.sequence, mine, *named, text, self._peers.hosts))
         theirs_size, place = _ENTRY.unpack_from(theirs, at + _HEAD.size + _ENTRY.size * self.rank)
         if theirs_size != size:
             rank, other = self._named(peer)
             hosts = self._peers.hosts
-            raise self._failed(misfit(sequence, operation, rank, size, other, theirs_size, hosts))
+            raise self._failed(misfit(turn, rank, size, other, theirs_size, hosts))
         return place, rounds, bool(in_place)
 
     def _views(
@@ -357,7 +346,7 @@ class ShmTransport:
 
     def _wait(self, peer: int, current: int, wait: _Wait) -> None:
         """Sleeps until a peer has posted a round, looking now and then whether it still can."""
-        sequence, operation, timeout_s, began = wait
+        turn, began = wait
         said, looked = False, time.monotonic()
         posted, asleep, bell = self._posted[peer], self._asleep[self.rank], self._bells[self.rank]
         while posted[0] < current:
@@ -370,26 +359,24 @@ class ShmTransport:
                 continue
             looked, waited_s = now, now - began
             try:
-                self._look(peer, operation, sequence)
+                self._look(peer, turn.what)
             except TransportError:
                 if posted[0] >= current:  # it has left after its part was done
                     break
                 raise
             if waited_s > _SAY_S and not said:
                 said = True
-                self._peers.waits(sequence)
-            if waited_s > timeout_s:
+                self._peers.waits(turn.sequence)
+            if waited_s > turn.timeout_s:
                 late = [self._members[p] for p in self._others if self._posted[p][0] < current]
                 # Who waits elsewhere in this collective, as for another host, says so.
-                silent = self._peers.missing(sequence)
+                silent = self._peers.missing(turn.sequence)
                 missing = [member for member in late if member in silent] or silent or late
-                hosts = self._peers.hosts
-                raise self._failed(stalled(operation, sequence, missing, hosts, timeout_s))
+                raise self._failed(stalled(turn, missing, self._peers.hosts))
         asleep[0] = 0
 
-    def _look(self, peer: int, operation: Operation, sequence: int) -> None:
+    def _look(self, peer: int, what: str) -> None:
         """Raises when the group has ended, or the peer that is waited for has gone."""
-        what = f"{operation.text}, number {sequence}"
         try:
             self._peers.look()
         except TransportError as error:

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 import torch
 
 from penstock.errors import TransportError
-from penstock.exchange.operation import Operation
+from penstock.exchange.operation import Turn
 from penstock.exchange.peers import Peers
 from penstock.exchange.transport import Read, Views, differs, lost, misfit, stalled
 
@@ -83,28 +83,14 @@ class TcpTransport:
         self._look_at = 0.0
         self._failure: TransportError | None = None
 
-    def share(
-        self,
-        sequence: int,
-        operation: Operation,
-        parts: Views,
-        sizes: Sequence[int],
-        read: Read,
-        timeout_s: float,
-    ) -> None:
-        with self.flow(sequence, operation, parts, sizes, timeout_s) as chunks:
+    def share(self, turn: Turn, parts: Views, sizes: Sequence[int], read: Read) -> None:
+        with self.flow(turn, parts, sizes) as chunks:
             for views, start, stop in chunks:
                 read(views, start, stop)
 
     @contextmanager
     def flow(
-        self,
-        sequence: int,
-        operation: Operation,
-        parts: Views,
-        sizes: Sequence[int],
-        timeout_s: float,
-        at_least: int = 0,
+        self, turn: Turn, parts: Views, sizes: Sequence[int], at_least: int = 0
     ) -> Iterator[Chunks]:
         """A share that is read at the caller's pace: within it, bytes are under way already.
 
@@ -118,17 +104,17 @@ class TcpTransport:
         if self._failure is not None:
             raise TransportError(self._failure.message, hint=self._failure.hint)
         self._shares += 1
-        turn = _Turn(sequence, operation, self._shares, timeout_s)
+        share = _Share(turn.sequence, turn.operation, turn.timeout_s, self._shares)
         try:
-            sources, longest = self._begin(turn, parts, sizes)
-            yield self._chunks(turn, parts[self.rank], sources, max(longest, at_least))
-            while turn.sending:
-                self._move(turn)
+            sources, longest = self._begin(share, parts, sizes)
+            yield self._chunks(share, parts[self.rank], sources, max(longest, at_least))
+            while share.sending:
+                self._move(share)
         except BaseException as error:
-            self._fail(turn, error)
+            self._fail(share, error)
             raise
 
-    def allocate(self, num_bytes: int, sequence: int, timeout_s: float) -> torch.Tensor | None:
+    def allocate(self, num_bytes: int, turn: Turn) -> torch.Tensor | None:
         return None  # hosts share no memory
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -143,11 +129,11 @@ class TcpTransport:
             self._failure = TransportError(f"rank {self.rank} has left the group")
         self._peers.close()
 
-    def _begin(self, turn: _Turn, parts: Views, sizes: Sequence[int]) -> tuple[list[_Link], int]:
+    def _begin(self, share: _Share, parts: Views, sizes: Sequence[int]) -> tuple[list[_Link], int]:
         """Sends and receives what goes at once; returns who has bytes for this rank, and the
         largest number of them, the own ones included."""
-        if turn.began >= self._look_at:
-            self._look(turn, turn.began)
+        if share.began >= self._look_at:
+            self._look(share, share.began)
         own = parts[self.rank]
         longest = 0 if own is None else own.numel()
         sources: list[_Link] = []
@@ -155,20 +141,20 @@ class TcpTransport:
             part, num_bytes = parts[link.peer], sizes[link.peer]
             if part is not None and part.numel():
                 body = part.numpy().data
-                turn.sending += link.give(turn.header(len(body)), body)
+                share.sending += link.give(share.header(len(body)), body)
             if num_bytes:
-                link.expect(turn.header(num_bytes), num_bytes)
-                turn.receiving += link.open(0)
+                link.expect(share.header(num_bytes), num_bytes)
+                share.receiving += link.open(0)
                 sources.append(link)
                 longest = max(longest, num_bytes)
-        turn.unconfirmed += sources
+        share.unconfirmed += sources
         # What is large comes piecemeal: spinning for each piece would take a core from training.
-        turn.spin_until = turn.began + (SPIN_S if longest <= PIECE_BYTES else 0.0)
-        self._transfer(turn)
+        share.spin_until = share.began + (SPIN_S if longest <= PIECE_BYTES else 0.0)
+        self._transfer(share)
         return sources, longest
 
     def _chunks(
-        self, turn: _Turn, own: torch.Tensor | None, sources: Sequence[_Link], longest: int
+        self, share: _Share, own: torch.Tensor | None, sources: Sequence[_Link], longest: int
     ) -> Chunks:
         """Each chunk when it is there: its views, where it starts, where it stops."""
         chunk = self._links[0].chunk_bytes if self._links else max(1, longest)
@@ -176,10 +162,10 @@ class TcpTransport:
             stop = min(start + chunk, longest)
             if start:
                 for link in sources:
-                    turn.receiving += link.open(start)
+                    share.receiving += link.open(start)
             # Who reads may write over this rank's part, whose bytes must then have gone out.
-            while turn.receiving or not all(s.has_sent(number) for s in turn.sending):
-                self._move(turn)
+            while share.receiving or not all(s.has_sent(number) for s in share.sending):
+                self._move(share)
             views: list[torch.Tensor | None] = [None] * self.world_size
             for link in sources:
                 views[link.peer] = link.view(start)
@@ -187,50 +173,50 @@ class TcpTransport:
                 views[self.rank] = own[start:stop]
             yield views, start, stop
 
-    def _move(self, turn: _Turn) -> None:
+    def _move(self, share: _Share) -> None:
         """Sends and receives what goes at once; where nothing does, waits a little."""
-        moved, now = self._transfer(turn), time.monotonic()
+        moved, now = self._transfer(share), time.monotonic()
         if moved:
-            if now >= turn.deadline:
-                self._look(turn, now)
+            if now >= share.deadline:
+                self._look(share, now)
             return
         if now >= self._look_at:
             try:
-                self._look(turn, now)
+                self._look(share, now)
             except TransportError:
                 # Who has left or died may have sent before all that this share needs.
-                if not self._transfer(turn):
+                if not self._transfer(share):
                     raise
                 return
-        if now < turn.spin_until:
+        if now < share.spin_until:
             os.sched_yield()
         else:
-            self._sleep(turn)
+            self._sleep(share)
 
-    def _transfer(self, turn: _Turn) -> bool:
+    def _transfer(self, share: _Share) -> bool:
         """Sends and receives what goes at once; whether anything did."""
         moved = 0
         try:
-            for stream in turn.sending:
+            for stream in share.sending:
                 moved += stream.push()
-            for stream in turn.receiving:
+            for stream in share.receiving:
                 moved += stream.pull()
         except (OSError, EOFError) as error:
-            raise self._lost(turn, stream.peer, error) from error
+            raise self._lost(share, stream.peer, error) from error
         if moved:
-            turn.sending = [stream for stream in turn.sending if stream.outgoing]
-            turn.receiving = [stream for stream in turn.receiving if stream.incoming]
-            for link in [link for link in turn.unconfirmed if self._met(turn, link)]:
-                turn.unconfirmed.remove(link)
-                turn.heard.add(link.peer)
+            share.sending = [stream for stream in share.sending if stream.outgoing]
+            share.receiving = [stream for stream in share.receiving if stream.incoming]
+            for link in [link for link in share.unconfirmed if self._met(share, link)]:
+                share.unconfirmed.remove(link)
+                share.heard.add(link.peer)
         return moved > 0
 
-    def _sleep(self, turn: _Turn) -> None:
+    def _sleep(self, share: _Share) -> None:
         """Until something can be sent or received, or it is time to look."""
         events: dict[socket.socket, int] = {}
-        for stream in turn.sending:
+        for stream in share.sending:
             events[stream.socket] = select.POLLOUT
-        for stream in turn.receiving:
+        for stream in share.receiving:
             events[stream.socket] = events.get(stream.socket, 0) | select.POLLIN
         poll = select.poll()
         try:
@@ -240,25 +226,25 @@ class TcpTransport:
             return
         poll.poll(LOOK_S * 1000)
 
-    def _look(self, turn: _Turn, now: float) -> None:
+    def _look(self, share: _Share, now: float) -> None:
         """Sees to what is due beside the bytes: abort and death, telling others, the deadline."""
         self._look_at = now + LOOK_S
         try:
             self._peers.look()
         except TransportError as error:
-            raise TransportError(f"{turn.what}: {error.message}", hint=error.hint) from error
-        if now >= turn.say_at:
-            turn.say_at = math.inf
-            self._peers.waits(turn.sequence)
-        if now >= turn.deadline:
+            raise TransportError(f"{share.what}: {error.message}", hint=error.hint) from error
+        if now >= share.say_at:
+            share.say_at = math.inf
+            self._peers.waits(share.sequence)
+        if now >= share.deadline:
             # Who waits says so, and whose bytes are all here has come; the rest is missing.
-            outstanding = turn.outstanding()
-            came = turn.heard.difference(outstanding)
-            silent = self._peers.missing(turn.sequence)
+            outstanding = share.outstanding()
+            came = share.heard.difference(outstanding)
+            silent = self._peers.missing(share.sequence)
             missing = [peer for peer in silent if peer not in came] or outstanding
-            raise stalled(turn.operation, turn.sequence, missing, self.hosts, turn.timeout_s)
+            raise stalled(share, missing, self.hosts)
 
-    def _met(self, turn: _Turn, link: _Link) -> bool:
+    def _met(self, share: _Share, link: _Link) -> bool:
         """Whether a peer's header has come.
 
         Raises:
@@ -273,34 +259,32 @@ class TcpTransport:
         magic, text_bytes, sequence, shares, signature, num_bytes = FIELDS.unpack_from(theirs)
         if magic != MAGIC:
             raise TransportError(
-                f"{turn.what}: {where} sent {theirs[:16].hex(' ')}..., which begins no message",
+                f"{share.what}: {where} sent {theirs[:16].hex(' ')}..., which begins no message",
                 hint="all ranks must run the same version of penstock",
             )
         text = theirs[FIELDS.size :][:text_bytes].decode(errors="replace")
-        mine = turn.operation.text
-        if (signature, sequence) == (turn.operation.signature, turn.sequence):
-            if shares == turn.shares:
+        mine = share.operation.text
+        if (signature, sequence) == (share.operation.signature, share.sequence):
+            if shares == share.shares:
                 size = FIELDS.unpack_from(link.expected)[-1]
-                raise misfit(
-                    turn.sequence, turn.operation, self.rank, size, peer, num_bytes, self.hosts
-                )
-            text, mine = f"step {shares} of {text}", f"step {turn.shares} of {mine}"
-        elif sequence != turn.sequence:
-            text, mine = f"{text}, number {sequence}", f"{mine}, number {turn.sequence}"
-        raise differs(min(sequence, turn.sequence), mine, self.rank, peer, text, self.hosts)
+                raise misfit(share, self.rank, size, peer, num_bytes, self.hosts)
+            text, mine = f"step {shares} of {text}", f"step {share.shares} of {mine}"
+        elif sequence != share.sequence:
+            text, mine = f"{text}, number {sequence}", f"{mine}, number {share.sequence}"
+        raise differs(min(sequence, share.sequence), mine, self.rank, peer, text, self.hosts)
 
-    def _lost(self, turn: _Turn, peer: int, error: Exception) -> TransportError:
+    def _lost(self, share: _Share, peer: int, error: Exception) -> TransportError:
         """The error of a data socket that is closed, with what the peer's other sockets tell."""
         if self._failure is not None:
             return self._failure
         why, give_up = None, time.monotonic() + EXPLAIN_S
         while why is None and time.monotonic() < give_up:
-            self._look(turn, time.monotonic())
+            self._look(share, time.monotonic())
             why = self._peers.gone(peer)
             time.sleep(0.002)
-        return lost(turn.what, peer, self.hosts, why or f"is cut off: {error}")
+        return lost(share.what, peer, self.hosts, why or f"is cut off: {error}")
 
-    def _fail(self, turn: _Turn, error: BaseException) -> None:
+    def _fail(self, share: _Share, error: BaseException) -> None:
         """Keeps why the transport is of no more use, and ends the group for all others."""
         if self._failure is not None:
             return
@@ -308,18 +292,15 @@ class TcpTransport:
             self._failure = error
         else:
             what = f"{type(error).__name__}: {error}"
-            self._failure = TransportError(f"{turn.what}: rank {self.rank} raised {what}")
+            self._failure = TransportError(f"{share.what}: rank {self.rank} raised {what}")
         self._peers.abort(self._failure.message)
 
 
 @dataclass(slots=True)
-class _Turn:
-    """One share under way: what it is, until when, and what still has to move."""
+class _Share(Turn):
+    """One share under way: until when, and what still has to move."""
 
-    sequence: int
-    operation: Operation
     shares: int
-    timeout_s: float
     began: float = field(default_factory=time.monotonic)
     deadline: float = 0.0
     say_at: float = 0.0
@@ -334,10 +315,6 @@ class _Turn:
         self.deadline = self.began + self.timeout_s
         self.say_at = self.began + min(SAY_S, self.timeout_s / 2)
         self.text = self.operation.text.encode()[:TEXT_BYTES]
-
-    @property
-    def what(self) -> str:
-        return f"{self.operation.text}, number {self.sequence}"
 
     def header(self, num_bytes: int) -> bytes:
         """Of a message of this share: (HEADER_BYTES,)."""

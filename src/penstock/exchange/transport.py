@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from penstock.errors import TransportError
-from penstock.exchange.operation import Operation
+from penstock.exchange.operation import Turn
 
 Views = Sequence[torch.Tensor | None]
 """By rank, uint8 (bytes,): (a piece of) what each has for this one; None for nothing (more)."""
@@ -39,15 +39,7 @@ class Transport(Protocol):
     world_size: int
     hosts: Sequence[str]
 
-    def share(
-        self,
-        sequence: int,
-        operation: Operation,
-        parts: Views,
-        sizes: Sequence[int],
-        read: Read,
-        timeout_s: float,
-    ) -> None:
+    def share(self, turn: Turn, parts: Views, sizes: Sequence[int], read: Read) -> None:
         """Gives each rank what this one has for it, and reads what all have for this one.
 
         On return everything has been read here, and the parts may be overwritten; before, `read`
@@ -55,7 +47,6 @@ class Transport(Protocol):
         they are held in shared memory. Ranks between which there are no bytes need not meet.
 
         Arguments:
-            sequence: of the operation in this group, for errors.
             parts: for each rank the bytes for it, uint8 (bytes,), contiguous, or None; one tensor
                 may be there several times. The own one is what `read` sees at this rank.
             sizes: how many bytes each rank has for this one.
@@ -66,8 +57,9 @@ class Transport(Protocol):
         """
         ...
 
-    def allocate(self, num_bytes: int, sequence: int, timeout_s: float) -> torch.Tensor | None:
-        """Memory of this rank that the others read in place, zeros, uint8 (num_bytes,). Collective.
+    def allocate(self, num_bytes: int, turn: Turn) -> torch.Tensor | None:
+        """Memory of this rank that the others read in place, zeros, uint8 (num_bytes,). Collective;
+        ranks need not take as much as each other.
 
         None, on all ranks, where there is none.
         """
@@ -86,17 +78,14 @@ class Transport(Protocol):
         ...
 
 
-def stalled(
-    operation: Operation,
-    sequence: int,
-    missing: Sequence[int],
-    hosts: Sequence[str],
-    timeout_s: float,
-) -> TransportError:
+def ignore(views: Views, start: int, stop: int) -> None:
+    """A `Read` of who only gives."""
+
+
+def stalled(turn: Turn, missing: Sequence[int], hosts: Sequence[str]) -> TransportError:
     """The error of who has waited for ranks that did not come."""
     return TransportError(
-        f"{operation.text}, number {sequence}: after {timeout_s:g} s "
-        f"{ranks(missing, hosts)} had not come",
+        f"{turn.what}: after {turn.timeout_s:g} s {ranks(missing, hosts)} had not come",
         hint="a rank that is stopped, slow, or in another part of the program; its log tells where",
     )
 
@@ -114,18 +103,12 @@ def differs(
 
 
 def misfit(
-    sequence: int,
-    operation: Operation,
-    rank: int,
-    size: int,
-    peer: int,
-    theirs: int,
-    hosts: Sequence[str],
+    turn: Turn, rank: int, size: int, peer: int, theirs: int, hosts: Sequence[str]
 ) -> TransportError:
     """The error of ranks that mean the same operation, but not the same number of bytes."""
     return TransportError(
-        f"{operation.text}, number {sequence}: rank {peer} on {hosts[peer]} has {theirs} bytes "
-        f"for rank {rank} on {hosts[rank]}, which expects {size}",
+        f"{turn.what}: rank {peer} on {hosts[peer]} has {theirs} bytes for rank {rank} on "
+        f"{hosts[rank]}, which expects {size}",
         hint="the sizes that ranks give to this operation must fit together",
     )
 

@@ -10,7 +10,7 @@ A worker holds contiguous shards; `cover` gives the subtrees it can sum by itsel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -76,28 +76,6 @@ def cover(own: range, shards: int) -> tuple[Node, ...]:
     return merges(own, shards)[0]
 
 
-def combine(parts: Mapping[Node, torch.Tensor], shards: int, out: torch.Tensor) -> None:
-    """Adds subtrees to the whole.
-
-    Arguments:
-        parts: subtrees that together cover all shards; each (n,), overwritten.
-        out: (n,), receives the sum over all shards; may be one of the parts.
-    """
-
-    def total(node: Node) -> torch.Tensor:
-        if node in parts:
-            return parts[node]
-        split = middle(*node)
-        return total((node[0], split)).add_(total((split, node[1])))
-
-    if (0, shards) in parts:
-        if parts[0, shards] is not out:
-            out.copy_(parts[0, shards])
-        return
-    split = middle(0, shards)
-    torch.add(total((0, split)), total((split, shards)), out=out)
-
-
 @lru_cache(maxsize=64)
 def order(parts: int) -> Order:
     """The order in which so many parts are combined."""
@@ -157,6 +135,10 @@ def _parts(order: Order) -> list[int]:
 
 def tree_sum(values: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of one tensor per shard along the tree; a reference for tests and small things."""
-    out = torch.empty_like(values[0])
-    combine({(s, s + 1): v.clone() for s, v in enumerate(values)}, len(values), out)
-    return out
+
+    def total(below: Order) -> torch.Tensor:
+        if isinstance(below, int):
+            return values[below].clone()
+        return total(below[0]).add_(total(below[1]))
+
+    return total(order(len(values)))

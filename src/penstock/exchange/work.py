@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from penstock.errors import TransportError
-from penstock.exchange.operation import Operation
+from penstock.exchange.operation import Operation, Turn
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +53,11 @@ class Work:
                 return
         call(self._error)
 
-    def end(self, error: TransportError | None) -> None:
-        """It has ended."""
+    def end(self, error: TransportError | None = None) -> None:
+        """It has ended, well or so. Doing it again does nothing."""
         with self._lock:
+            if self._done.is_set():
+                return
             self._error = error
             self._done.set()
         for call in self._calls:
@@ -67,7 +69,7 @@ class Work:
 
 DONE = Work()
 """What has run in the caller, without an error."""
-DONE.end(None)
+DONE.end()
 
 
 class Observer(Protocol):
@@ -87,14 +89,13 @@ class Observer(Protocol):
 class ObservedWork(Work):
     """A collective under way, of whose waits an observer hears."""
 
-    def __init__(self, observer: Observer, operation: Operation, sequence: int) -> None:
-        super().__init__(f"{operation.text}, number {sequence}")
-        self._observer, self._operation, self._sequence = observer, operation, sequence
+    def __init__(self, observer: Observer, turn: Turn) -> None:
+        super().__init__(turn.what)
+        self._observer, self._of = observer, (turn.operation, turn.sequence)
 
     def wait(self, timeout_s: float | None = None) -> None:
         began_ns = time.perf_counter_ns()
         try:
             super().wait(timeout_s)
         finally:
-            ended_ns = time.perf_counter_ns()
-            self._observer.waited(self._operation, self._sequence, began_ns, ended_ns)
+            self._observer.waited(*self._of, began_ns, time.perf_counter_ns())
