@@ -26,6 +26,10 @@ bench: java hosts $(VENV)/.bench-installed
 	$(BIN)/python benchmarks/collectives.py --ranks 2,4
 	$(BIN)/python benchmarks/collectives.py --hosts 2 --bandwidth 1e9 --ranks 2
 	$(BIN)/python benchmarks/collectives.py --hosts 2 --bandwidth 1e9 --ranks 2 --train
+	$(BIN)/python benchmarks/feed.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/feed.py --spark $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/feed.py --lenet $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/overlap.py
 
 format: $(VENV)/.tests-installed
 	$(BIN)/ruff format

@@ -472,7 +472,7 @@ def _hint(target: Any, role: Role) -> str:
         return "feed.dataset(...) makes a Source of a torch Dataset"
     if isinstance(target, (tuple, list)) or hasattr(target, "shape"):
         return "feed.arrays(x, y) makes a Source of numpy arrays or tensors"
-    return "feed.arrays, feed.dataset, feed.npz, feed.parquet and feed.mnist make Sources"
+    return "feed.arrays, feed.dataset, feed.parquet, feed.images and others make Sources"
 
 
 def _recipe(target: Any) -> str | dict[str, Any] | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import SIZES, digits, frame
+from test_training import SIZES, digits, frame, here
 from torch import nn
 
 from penstock import Callback, Job, Run, feed
@@ -153,10 +153,6 @@ def on_spark(session: Any, **changes: Any) -> Job:
     return job(source, **changes)
 
 
-def here(**changes: Any) -> Job:
-    return job(feed.arrays(*digits(), partitions=SIZES), **changes)
-
-
 def same(run: Run, whole: Run) -> None:
     """Asserts that two runs ended in the same bits and tell the same story."""
 
@@ -178,7 +174,7 @@ def same(run: Run, whole: Run) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run that lost nothing, on this machine."""
     folder = tmp_path_factory.mktemp("whole")
-    return here().run(workers=1, run_dir=str(folder / "run"), progress=False)
+    return job(here(*digits(), SIZES)).run(workers=1, run_dir=str(folder / "run"), progress=False)
 
 
 def until(happened: Callable[[], object], what: str) -> None:

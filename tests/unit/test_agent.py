@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -23,7 +24,12 @@ import pytest
 
 from penstock.cluster.agent import PREFIX, Orders
 from penstock.cluster.channel import Message
-from penstock.cluster.coordinator import Coordinator
+from penstock.cluster.coordinator import Coordinator, Peer
+from penstock.cluster.directory import Directory, Told
+from penstock.feed import spool
+from penstock.feed.columns import Selection
+from penstock.feed.intake import Arrival, numbers
+from penstock.feed.spooled import SpoolRecords
 from penstock.token import new_token
 
 pytest.importorskip("pyspark")
@@ -33,32 +39,54 @@ WAIT_S = 10.0
 SOON_S = 3.0
 """How long what is promised within a second may take on a machine with other work."""
 ROWS = [[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], [[7.0, 8.0]]]
-"""Of the column x, by partition."""
+"""Of the column x, by Spark's partition."""
+ARRIVAL = Arrival("train", Selection("x", "y"), numbers(4, 2))
+"""Of four partitions, two of each of two shards: 0 and 2 of the first."""
 
 DAEMON = """
     import json, os, signal, sys, time, traceback
     import penstock.cluster.agent
-    import penstock.feed.packing
+    import penstock.feed.intake
     import pyspark
     from pyspark.resource import ResourceInformation
 
-    def batches(partitions, endless):
+    def batches(partitions, last):
+        # All rows of all partitions, as they come below a `coalesce`; then what `last` says.
         import pyarrow as pa
-        from penstock.feed.packing import pack
-        for number, rows in enumerate(partitions):
-            yield from pack([pa.record_batch({"x": pa.array(rows)})], number, 0)
-        none = {"source": [-1], "partition": [0], "batch": [0], "rows": [0]}
-        while True:
-            yield pa.record_batch(none | {"body": pa.array([None], pa.binary())})
-            if not endless:
-                return
-            time.sleep(0.01)
 
-    def task(code, context, orders, partitions, endless):
+        def some(rows, *places):
+            source, partition = zip(*places) if places else ((), ())
+            x = pa.array(rows, pa.list_(pa.float64()))
+            y = pa.array(range(len(rows)), pa.int64())
+            return pa.record_batch(
+                {
+                    "source": pa.array(source, pa.int32()),
+                    "partition": pa.array(partition, pa.int32()),
+                    "c0": x,
+                    "c1": y,
+                }
+            )
+
+        if last == "late":
+            time.sleep(2)
+        rows = [row for some in partitions for row in some]
+        places = [(0, n) for n, some in enumerate(partitions) for _ in some]
+        yield some(rows, *places)
+        more = some([[1.0, 2.0]] * 8192, *[(0, len(partitions))] * 8192)
+        while last == "endless":
+            yield more
+            time.sleep(0.01)
+        if last == "stuck":
+            time.sleep(60)
+        if last == "broken":
+            raise OSError("Spark is gone")
+
+    def task(code, context, orders, partitions, last):
         gpus = {"gpu": ResourceInformation("gpu", context.pop("gpus"))}
         pyspark.TaskContext(cpus=2, resources=gpus if gpus["gpu"].addresses else {}, **context)
         before = os.environ.get("PYTHONPATH", "")
-        taken = batches(partitions, endless)
+        taken = batches(partitions, last)
+        orders["arrivals"] = orders["arrivals"].encode("latin-1")
         given = list(penstock.cluster.agent.run(code, orders, taken))
         assert os.environ.get("PYTHONPATH", "") == before
         assert "torch" not in sys.modules
@@ -90,7 +118,11 @@ TARGET = """
         names = ("PENSTOCK_RANK", "CUDA_VISIBLE_DEVICES", "COLOUR")
         print(json.dumps({
             "payload": os.pread(payload, 1000, 0).decode(),
-            "spooled": sorted(os.path.relpath(r, spool) for r, _, f in os.walk(spool) if f),
+            "spooled": sorted(
+                os.path.relpath(r, spool)
+                for r, _, f in os.walk(spool, followlinks=True)
+                if "end.json" in f
+            ),
             "environment": [os.environ.get(name) for name in names],
             "folder": os.getcwd(),
             "preloaded": "colorsys" in sys.modules,
@@ -101,10 +133,9 @@ TARGET = """
         print(subprocess.Popen(["sleep", "60"]).pid)
         time.sleep(60)
 
-    class Broken:
-        def __init__(self, folder):
-            pass
+    from penstock.feed.intake import Intake
 
+    class Broken(Intake):
         def write(self, batch):
             raise ZeroDivisionError("a defect of the sink's")
 """
@@ -148,6 +179,8 @@ class Driver:
         self.daemon, self.folder = daemon, folder
         self.token = new_token()
         self.coordinator = Coordinator(self.token)
+        self.directory: Directory | None = None
+        self.elsewhere = False  # whether agents are told that others are of other hosts
         self.said: list[tuple[int, Message | None]] = []
         self.agents: list[Agent] = []
         self.closed = False
@@ -166,14 +199,17 @@ class Driver:
         attempt: int = 0,
         gpus: tuple[str, ...] = (),
         partitions: Any = (),
-        endless: bool = False,
+        last: str = "",
         **orders: Any,
     ) -> Agent:
         values: dict[str, Any] = {
             "address": self.coordinator.address,
             "token": self.token,
             "preload": ("colorsys",),
-            "sink": "penstock.feed.packing:Unpacker",
+            "sink": "penstock.feed.intake:Intake",
+            "arrivals": pickle.dumps([ARRIVAL]).decode("latin-1"),
+            "columns": (("c0", "c1"),),
+            "owners": (0, 1),
             "folder": str(self.folder),
         }
         result = self.folder / f"result-{len(self.agents)}"
@@ -183,7 +219,7 @@ class Driver:
             "context": context | {"gpus": gpus},
             "orders": asdict(Orders(**(values | orders))),
             "partitions": partitions,
-            "endless": endless,
+            "last": last,
         }
         environment = {"SPARK_LOCAL_DIRS": f"{self.folder / 'local'},/there/is/no/such/folder"}
         pid = self.daemon.fork({"task": task, "environment": environment, "result": str(result)})
@@ -194,6 +230,21 @@ class Driver:
         if not self.closed:
             for peer, message in self.coordinator.poll():
                 self.said.append((peer.number, message))
+                if self.directory is not None:
+                    self._say(self._directed(self.directory, peer, message))
+
+    def _directed(self, directory: Directory, peer: Peer, message: Message | None) -> Told:
+        if message is None:
+            return directory.gone(peer.number)
+        if message is peer.hello:
+            return directory.joined(peer.number, message["rank"])
+        return directory.heard(peer.number, message)
+
+    def _say(self, told: Told) -> None:
+        for agent, message in told:
+            if self.elsewhere and "nonce" in message:
+                message = message | {"nonce": "of another host"}
+            self.coordinator.send(agent, message)
 
     def folders(self) -> list[Path]:
         """Of agents."""
@@ -237,6 +288,10 @@ class Agent:
 
     def event(self, name: str, within_s: float = WAIT_S) -> dict[str, Any]:
         return self.until(lambda m: m.get("event") == name, within_s)
+
+    def taken_in(self) -> dict[str, Any]:
+        """What it tells when it has read all."""
+        return self.event("read")
 
     def worker(self, what: str, within_s: float = WAIT_S) -> dict[str, Any]:
         """The next event of its worker of that kind."""
@@ -340,27 +395,49 @@ def test_it_is_heard_of_while_it_has_nothing_to_say(driver: Driver) -> None:
     leave(agent)
 
 
-# Its partition
+# What it reads
 
 
-def test_what_comes_is_spooled_before_it_is_ready(driver: Driver) -> None:
-    agent = driver.agent(partitions=ROWS)
-    report = agent.event("ready")["report"]
-    assert [(p["source"], p["partition"], p["rows"]) for p in report] == [(0, 0, 3), (0, 1, 1)]
-    assert all(p["checksum"] and p["layout"] == "x float64 (2,)" for p in report)
+def test_it_is_ready_with_the_first_rows(driver: Driver) -> None:
+    agent = driver.agent(last="late")
+    agent.event("heard")
+    assert all(m is None or m.get("event") != "ready" for _, m in driver.said)
+    agent.event("ready")
+    leave(agent)
+
+
+def test_it_leaves_though_spark_computes_rows_still(driver: Driver) -> None:
+    agent = driver.agent(last="stuck")
+    assert agent.event("ready")["report"] is None
     agent.start("show")
-    assert json.loads(agent.worker("output")["data"])["spooled"] == ["0/0", "0/1"]
+    assert json.loads(agent.worker("output")["data"])["spooled"] == []
+    agent.do("leave")
+    wait_for(lambda: driver.folders() == [], SOON_S)
+    os.kill(agent.pid, signal.SIGKILL)  # as Spark does when the job is cancelled
+
+
+def test_what_comes_is_spooled_and_told(driver: Driver) -> None:
+    agent = driver.agent(partitions=ROWS)
+    told = [agent.until(lambda m: m.get("event") in ("reading", "sum", "read")) for _ in range(7)]
+    assert [m["event"] for m in told] == ["reading", "sum", "sum"] * 2 + ["read"]
+    assert [m["partition"] for m in told[:-1]] == [0] * 3 + [2] * 3
+    assert [m["of"] for m in told if m["event"] == "sum"] == ["first rows", "rows"] * 2
+    assert told[-1]["bad"] == []
+    agent.start("show")
+    assert json.loads(agent.worker("output")["data"])["spooled"] == ["0/0", "0/2"]
     leave(agent)
     other = driver.agent(partitions=[ROWS[0], [[7.0, 9.0]]])
-    again = other.event("ready")["report"]
-    assert again[0] == report[0]
-    assert again[1]["checksum"] != report[1]["checksum"]
+    again = [other.event("sum") for _ in range(4)]
+    assert again[:2] == [m for m in told if m["event"] == "sum"][:2]
+    assert again[3]["sum"] != told[5]["sum"]
     leave(other)
 
 
-def test_an_agent_without_rows_is_ready(driver: Driver) -> None:
-    agent = driver.agent()
-    assert agent.event("ready")["report"] == []
+def test_first_rows_are_there_while_more_are_computed(driver: Driver) -> None:
+    agent = driver.agent(last="endless")
+    assert agent.event("reading")["partition"] == 0
+    assert agent.event("sum", within_s=4 * WAIT_S)["of"] == "first rows"
+    assert all(m is None or m.get("event") != "read" for _, m in driver.said)
     leave(agent)
 
 
@@ -368,13 +445,19 @@ def test_bad_data_is_told_with_its_row_and_what_to_do(driver: Driver) -> None:
     agent = driver.agent(partitions=[ROWS[0], [[1.0, 2.0], [3.0]]])
     failed = agent.event("failed")
     assert failed["kind"] == "DataError"
-    assert "source 0, partition 1" in failed["message"]
+    assert "train: partition 1" in failed["message"]
     assert "row 1" in failed["message"]
     assert failed["hint"]
     assert not is_over([agent.pid])  # Spark would take its end for a reason to try again
-    assert all(m is None or m.get("event") != "ready" for _, m in driver.said)
+    assert all(m is None or m.get("event") != "read" for _, m in driver.said)
     leave(agent)
     assert driver.folders() == []
+
+
+def test_a_partition_that_was_not_counted(driver: Driver) -> None:
+    agent = driver.agent(partitions=[ROWS[0], [], [], [], ROWS[1]])
+    assert "train: partition 4: expected 0 to 3" in agent.event("failed")["message"]
+    leave(agent)
 
 
 def test_a_sink_that_is_not_there(driver: Driver) -> None:
@@ -389,6 +472,72 @@ def test_a_defect_fails_the_task(driver: Driver) -> None:
     agent = driver.agent(sink="target:Broken", partitions=ROWS)
     assert "ZeroDivisionError: a defect of the sink's" in agent.result()
     assert driver.folders() == []
+
+
+def test_what_spark_raises_fails_the_task(driver: Driver) -> None:
+    agent = driver.agent(partitions=ROWS, last="broken")
+    assert "OSError: Spark is gone" in agent.result()
+    assert all(m is None or m.get("event") != "failed" for _, m in driver.said)
+
+
+# What agents share
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["of this host", "of another"])
+def test_an_agent_has_what_another_reads_for_it(driver: Driver, elsewhere: bool) -> None:
+    driver.directory, driver.elsewhere = Directory((0, 1), {"train": ARRIVAL.numbers}), elsewhere
+    owner = driver.agent(rank=1)
+    owner.taken_in()
+    reader = driver.agent(rank=0, partitions=[ROWS[0], [], ROWS[0], ROWS[1]])
+    reader.taken_in()
+    (mine,) = [f for f in driver.folders() if (f / "spool/0/0/end.json").exists()]
+    (its,) = {*driver.folders()} - {mine}
+    for partition in (1, 3):
+        path = its / f"spool/0/{partition}"
+        wait_for(lambda: (path / "end.json").exists(), WAIT_S, driver.poll)  # noqa: B023
+        assert path.is_symlink() != elsewhere
+        for name in ("000000.arrow", "end.json"):
+            read = mine / f"read/0/{partition}" / name
+            assert (path / name).read_bytes() == read.read_bytes()
+    owner.start("show")
+    assert json.loads(owner.worker("output")["data"])["spooled"] == ["0/1", "0/3"]
+    reader.start("show")
+    assert json.loads(reader.worker("output")["data"])["spooled"] == ["0/0", "0/2"]  # 2 is empty
+    for agent in (reader, owner):
+        leave(agent)
+
+
+def test_a_copy_grows_and_goes_on_when_its_reader_was_lost(driver: Driver) -> None:
+    driver.directory, driver.elsewhere = Directory((0, 1), {"train": ARRIVAL.numbers}), True
+    owner = driver.agent(rank=1)
+    owner.taken_in()
+    (its,) = driver.folders()
+    partitions: list[Any] = [[], []]
+    lost = driver.agent(rank=0, partitions=partitions, last="endless")
+    copy = its / "spool/0/1"
+    wait_for((copy / "000000.arrow").exists, 4 * WAIT_S, driver.poll)
+    os.kill(lost.pid, signal.SIGKILL)
+    lost.result()
+    assert spool.writer_lives(copy) is True  # this agent holds it until it is whole
+    again = driver.agent(rank=0, attempt=1, partitions=partitions, last="endless")
+    wait_for((copy / "000001.arrow").exists, 4 * WAIT_S, driver.poll)
+    records = SpoolRecords(lambda n: copy if n == 0 else None, "train")
+    assert len(records) >= 2 * records.windows[1]
+    assert driver.directory.conflicts == []
+    again.do("leave")
+    owner.do("leave")
+    for agent in (again, owner):
+        assert agent.result() == "gave []"
+
+
+def test_a_reader_that_fails_is_known_to_the_owners_worker(driver: Driver) -> None:
+    driver.directory, driver.elsewhere = Directory((0, 1), {"train": ARRIVAL.numbers}), True
+    owner = driver.agent(rank=1)
+    reader = driver.agent(rank=0, partitions=[[], [], [[1.0, 2.0], [3.0]]])
+    assert reader.event("failed")["kind"] == "DataError"
+    wait_for(lambda: any(driver.folder.glob("local/*/spool/0/1/failed.json")), WAIT_S, driver.poll)
+    for agent in (reader, owner):
+        leave(agent)
 
 
 # Its worker
@@ -476,7 +625,7 @@ def test_a_later_attempt_stands_by(driver: Driver) -> None:
 
 def test_nothing_is_left_when_it_leaves(driver: Driver) -> None:
     agent = driver.agent(partitions=ROWS)
-    agent.event("ready")
+    agent.taken_in()
     worker = agent.start("sleep")
     child = int(agent.worker("output")["data"])
     processes = family(agent.pid)
@@ -489,11 +638,11 @@ def test_nothing_is_left_when_it_leaves(driver: Driver) -> None:
     assert driver.folders() == []
 
 
-@pytest.mark.parametrize("endless", [False, True], ids=["as it serves", "as it spools"])
+@pytest.mark.parametrize("endless", [False, True], ids=["as it serves", "as it reads"])
 def test_it_ends_with_its_driver(driver: Driver, endless: bool) -> None:
-    agent = driver.agent(partitions=ROWS, endless=endless)
+    agent = driver.agent(partitions=ROWS, last="endless" if endless else "")
     if endless:
-        wait_for(lambda: any((f / "spool/0/1/end.json").exists() for f in driver.folders()), WAIT_S)
+        wait_for(lambda: any((f / "spool/0/2/end.json").exists() for f in driver.folders()), WAIT_S)
     else:
         agent.event("ready")
         agent.start("sleep")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from penstock.errors import DataError
-from penstock.feed.columns import Place, Selection, dense, fill
+from penstock.feed.columns import BadRows, Place, Selection, dense
 
 PLACE = Place("claims", "x", 100, mend="in the DataFrame")
 IMAGE = pa.struct(
@@ -106,6 +106,7 @@ NUMBERS = np.arange(24, dtype=np.float32)
         pa.array(NUMBERS.reshape(4, 6).tolist(), pa.list_(pa.float32(), 6)),
         pa.array([b"abc", b"def", b"ghi", b"jkl"]),
         pa.array([b"abc", b"def", b"ghi", b"jkl"], pa.large_binary()),
+        pa.array([b"abc", b"def", b"ghi", b"jkl"], pa.binary(3)),
         pa.array([row(image) for image in pixels(4, 3)], IMAGE),
     ],
     ids=lambda column: str(column.type)[:20],
@@ -140,18 +141,9 @@ def test_lists_are_arrays_however_they_are_cut(
     inner = pa.list_(pa.int16(), shape[2] if fixed else -1)
     column = pa.array(expected.tolist(), pa.list_(inner))
     borders = [0, *sorted(min(cut, shape[0]) for cut in cuts), shape[0]]
-    chunks = [column.slice(a, b - a) for a, b in itertools.pairwise(borders)]
-    out = np.full(shape, -1, np.int16)
-    fill(out, pa.chunked_array(chunks, column.type), PLACE)
-    np.testing.assert_array_equal(out, expected)
-
-
-def test_rows_are_counted_across_chunks() -> None:
-    out = np.empty((5, 1), np.int64)
-    with pytest.raises(DataError, match=r"null in row 103(.|\n)*in the DataFrame"):
-        fill(out, pa.chunked_array([[[1], [2]], [], [[3], [None], [5]]]), PLACE)
-    with pytest.raises(DataError, match="row 104 holds 2 values, the first row 1"):
-        fill(out, pa.chunked_array([[[1], [2]], [], [[3], [4], [5, 6]]]), PLACE)
+    for low, high in itertools.pairwise(borders):
+        found = dense(column.slice(low, high - low), PLACE, shape[1:])
+        np.testing.assert_array_equal(found, expected[low:high])
 
 
 SCHEMA = pa.schema(
@@ -213,35 +205,25 @@ def test_a_wrong_column_is_named(features: str | tuple[str, ...], words: list[st
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("features", "dtype", "shape"),
-    [
-        (("a", "b"), np.float32, (2,)),
-        (("b", "c"), np.float64, (2,)),
-        (("a",), np.float32, (1,)),
-        ("a", np.int64, ()),
-        (("d",), np.int8, (3,)),
-        ("d", np.int8, (3,)),
-    ],
-)
-def test_columns_of_numbers_are_stacked(
-    features: str | tuple[str, ...], dtype: Any, shape: tuple[int, ...]
-) -> None:
-    kinds = {"a": np.int64, "b": np.float32, "c": np.float64}
-    arrays: dict[str, NDArray[Any]] = {name: np.empty(0, kind) for name, kind in kinds.items()}
-    arrays["d"] = np.empty((0, 3), np.int8)
-    selection = Selection(features, "a")
-    layout = selection.layout(arrays)
-    assert layout.x == (dtype, shape)
-    assert layout.y == (np.int64, ())
-    x, y = layout.empty(4)
-    for i, (name, out) in enumerate(selection.outputs(x, y, layout)):
-        out[:] = i
-        assert name == [*selection.feature_names, "a"][i]
-    assert x.reshape(4, -1)[0].tolist() == (
-        [*range(len(selection.feature_names))] if layout.stacked else [0] * x[0].size
-    )
-    assert (y == len(selection.feature_names)).all()
+def test_strings_in_a_dictionary_are_codes() -> None:
+    column = pa.array(["b", "a", "b"]).dictionary_encode()
+    codes = dense(column, PLACE)
+    assert codes.dtype == np.int64
+    assert codes.tolist() == [0, 1, 0]
+    assert dense(column.slice(1), PLACE).tolist() == [1, 0]
+    with pytest.raises(DataError, match="null in row 101"):
+        dense(pa.DictionaryArray.from_arrays(pa.array([0, 1]), ["a", None]), PLACE)
+
+
+def test_all_bad_rows_are_named_at_once() -> None:
+    with pytest.raises(BadRows, match="null in row 100") as caught:
+        dense(pa.array([None, 1, None]), PLACE)
+    assert caught.value.rows.tolist() == [0, 2]
+    assert caught.value.reason(1) == "column 'x': null in row 102"
+    inner = pa.array([[[1], [2]], [[3], [4, 5]], [[6], [None]], [[7, 7], [7, 7]]])
+    with pytest.raises(BadRows, match="row 101 holds 2 values") as caught:
+        dense(inner, PLACE)
+    assert caught.value.rows.tolist() == [1, 3]
 
 
 def test_no_features_are_refused() -> None:

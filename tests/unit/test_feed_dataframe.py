@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import itertools
 import json
 import pickle
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,16 @@ import torch
 
 from penstock import feed
 from penstock.errors import DataError, JobError
+from penstock.feed.columns import Selection
 from penstock.feed.dataframe import (
     SPOOL,
     DataFrameSource,
     SpooledSource,
     manifest_of,
 )
-from penstock.feed.packing import PACKED, SpooledPartition, Unpacker, pack
+from penstock.feed.intake import Arrival, Intake, numbers
+from penstock.feed.manifest import Part
 from penstock.spec import SOURCE, Maker
-
-module = importlib.import_module("penstock.feed.packing")
 
 SIZES = [5, 0, 3, 9, 1]
 """Rows of each partition."""
@@ -80,219 +79,284 @@ KINDS: dict[str, tuple[dict[str, pa.Array], str | tuple[str, ...], np.ndarray[An
 }
 
 
-def packed(
-    columns: dict[str, pa.Array], sizes: Sequence[int] = SIZES, source: int = 0
-) -> list[list[pa.RecordBatch]]:
-    """Each partition, in packed batches; Spark gives batches of up to 4 rows here."""
-    table, start, partitions = pa.table({**columns, "y": Y}), 0, []
-    for number, rows in enumerate(sizes):
-        batches = table.slice(start, rows).to_batches(max_chunksize=4)
-        partitions.append(list(pack(batches, number, source)))
-        start += rows
-    return partitions
+COLUMNS = ("c0", "c3", "c1")
+"""What the columns of a source are called in Spark's batches, those that it has."""
 
 
-def interleaved(partitions: Sequence[Sequence[pa.RecordBatch]], seed: int) -> list[pa.RecordBatch]:
-    """In an order of no order, save that of each partition."""
-    turns = [i for i, batches in enumerate(partitions) for _ in batches]
-    random.Random(seed).shuffle(turns)
-    left = [iter(batches) for batches in partitions]
-    return [next(left[turn]) for turn in turns]
+def arrival(features: Any = "x", sizes: Sequence[int] = SIZES, **changes: Any) -> Arrival:
+    values = {"numbers": numbers(len(sizes), len(sizes)), **changes}
+    return Arrival(values.pop("name", "train"), Selection(features, "y"), **values)
 
 
-def unpacked(folder: Path, batches: Iterable[pa.RecordBatch]) -> list[SpooledPartition]:
-    unpacker = Unpacker(folder)
-    for batch in batches:
-        unpacker.write(batch)
-    return unpacker.close()
+def coming(
+    columns: dict[str, pa.Array],
+    names: Sequence[str],
+    sizes: Sequence[int] = SIZES,
+    source: int = 0,
+    at_once: int = 4,
+) -> list[pa.RecordBatch]:
+    """All rows, partition after partition, in batches that hold rows of several."""
+    places = pa.array(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
+    sources = pa.array(np.full(len(places), source, np.int32))
+    values = {slot: columns[name] for name, slot in zip(names, COLUMNS, strict=False)}
+    table = pa.table({"source": sources, "partition": places, **values})
+    return table.to_batches(max_chunksize=at_once)
+
+
+class Taken:
+    """An intake as its agent has it: links to the worker's folder, and what it tells."""
+
+    def __init__(self, folder: Path, *arrivals: Arrival) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.told = folder, list[dict[str, Any]]()
+        columns = [COLUMNS[: len(each.selection.names)] for each in arrivals]
+        self.intake = Intake(str(folder), pickle.dumps(list(arrivals)), columns, self.tell)
+
+    def tell(self, message: dict[str, Any]) -> None:
+        self.told.append(json.loads(json.dumps(message)))
+        if message["event"] == "reading":
+            self.intake.link(message["source"], message["partition"], str(self.folder))
+
+    def all(self, *batches: Iterable[pa.RecordBatch]) -> dict[str, Any]:
+        """Takes them in, as those of a whole task."""
+        for batch in itertools.chain(*batches):
+            self.intake.write(batch)
+        done = self.intake.close()
+        for source in range(len(self.intake._arrivals)):
+            read = {m["partition"] for m in self.told if m["source"] == source}
+            self.intake.empty(source, sorted({*self.intake._arrivals[source].numbers} - read))
+        return done
+
+    def sums(self, of: str = "rows") -> list[str]:
+        return [m["sum"] for m in self.told if m["event"] == "sum" and m["of"] == of]
 
 
 @pytest.fixture
-def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(SPOOL, str(tmp_path / "spool"))
-    return tmp_path / "spool"
+def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Taken]:
+    def make(*arrivals: Arrival, name: str = "agent") -> Taken:
+        monkeypatch.setenv(SPOOL, str(tmp_path / name / "spool"))
+        return Taken(tmp_path / name, *arrivals)
+
+    return make
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+def test_partitions_are_numbered_in_blocks_of_shards() -> None:
+    assert numbers(4, 4) == numbers(4, 1) == (0, 1, 2, 3)
+    assert numbers(6, 2) == (0, 2, 4, 1, 3, 5)
+    assert numbers(5, 4) == (0, 1, 2, 3, 7)
+    for count, shards in itertools.product(range(1, 40), range(1, 9)):
+        found = numbers(count, shards)
+        assert len({*found}) == count
+        dealt = [[p for p in found if p % shards == shard] for shard in range(shards)]
+        assert [p for some in dealt for p in some] == list(found)  # blocks, in order
+        for shard, some in enumerate(dealt):
+            assert some == [shard + k * shards for k in range(len(some))]
+            assert len(some) - count // shards in (0, 1)
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 100])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_become_the_records_of_arrays(spool: Path, kind: str, seed: int) -> None:
+def test_rows_become_the_records_of_shards(
+    agent: Callable[..., Taken], kind: str, at_once: int
+) -> None:
     columns, features, expected = KINDS[kind]
-    parts = unpacked(spool, interleaved(packed(columns), seed))
-    source = SpooledSource("train", 0, features, "y")
-    source = pickle.loads(pickle.dumps(source))
-    manifest = manifest_of("train", json.loads(json.dumps(parts)))
-    assert manifest == source.manifest()
-    twin = feed.arrays(expected, Y.to_numpy(), partitions=SIZES)
-    for shards in (1, 2, 3, 7):
-        for shard in range(shards):
-            pieces = manifest.share(shard, shards)
-            assert pieces == twin.manifest().share(shard, shards)
-            for some in (pieces, pieces[::-1]):
-                records, wanted = source.open(some), twin.open(some)
-                assert len(records) == len(wanted)
-                rows = np.random.default_rng(shard).permutation(len(wanted))
-                for ours, theirs in zip(records.take(rows), wanted.take(rows), strict=True):
-                    assert isinstance(ours, torch.Tensor)
-                    assert isinstance(theirs, torch.Tensor)
-                    assert ours.dtype == theirs.dtype
-                    assert torch.equal(ours, theirs)
+    here = arrival(features, numbers=numbers(len(SIZES), 2))
+    taken = agent(here)
+    taken.all(coming({**columns, "y": Y}, here.selection.names, at_once=at_once))
+    source = pickle.loads(pickle.dumps(SpooledSource("train", 0, features, "y")))
+    assert isinstance(source, feed.Stream)
+    assert source.manifest() == feed.Manifest((), whole=True, open=True)
+    seen, parts = 0, []
+    for shard in range(2):
+        records = source.open_shard(shard, 2)
+        records.wait(ROWS, 5.0)
+        assert records.whole
+        x, y = records.take(np.arange(len(records)))
+        rows = slice(seen, seen + len(records))  # blocks of partitions, in Spark's order
+        seen += len(records)
+        assert x.dtype == torch.from_numpy(expected).dtype
+        assert torch.equal(x, torch.from_numpy(expected[rows]))
+        assert y.tolist() == Y.to_numpy()[rows].tolist()
+        parts += source.parts(shard, 2, records)
+    assert seen == ROWS
+    manifest = manifest_of("train", parts)
+    assert manifest.whole
+    assert not manifest.open
+    # Partitions 0, 1 | 2, 3, 4 are 0, 2 and 1, 3, 5; there is no 4, which counts as empty.
+    assert [partition.rows for partition in manifest.partitions] == [5, 3, 0, 9, 0, 1]
 
 
-def test_pieces_may_be_parts_of_partitions(spool: Path) -> None:
-    columns, features, expected = KINDS["list"]
-    unpacked(spool, interleaved(packed(columns), 0))
-    pieces = (feed.Piece(3, 2, 7, 10), feed.Piece(0, 4, 5, 4), feed.Piece(3, 5, 6, 13))
-    records = SpooledSource("train", 0, features, "y").open(pieces)
-    x, y = records.take(np.arange(len(records)))
-    ids = [10, 11, 12, 13, 14, 4, 13]
-    assert isinstance(x, torch.Tensor)
-    assert isinstance(y, torch.Tensor)
-    assert torch.equal(x, torch.from_numpy(expected[ids]))
-    assert y.tolist() == Y.to_numpy()[ids].tolist()
+def test_sums_are_of_rows_and_not_of_batches(agent: Callable[..., Taken]) -> None:
+    columns = {**KINDS["list"][0], "y": Y}
+    one, other, third = (agent(arrival(), name=name) for name in "abc")
+    one.all(coming(columns, ["x", "y"], at_once=1))
+    other.all(coming(columns, ["x", "y"], at_once=100))
+    assert one.sums() == other.sums()
+    assert one.sums("first rows") == other.sums("first rows")
+    swapped = {name: column.take([1, 0, *range(2, ROWS)]) for name, column in columns.items()}
+    third.all(coming(swapped, ["x", "y"]))
+    assert third.sums()[0] != one.sums()[0]
+    assert third.sums()[1:] == one.sums()[1:]
 
 
-def test_what_lies_in_one_batch_is_not_copied(spool: Path) -> None:
-    columns, features, _ = KINDS["list"]
-    unpacked(spool, interleaved(packed(columns), 0))
-    source = SpooledSource("train", 0, features, "y")
-
-    def is_view(piece: feed.Piece) -> bool:
-        records = source.open([piece])
-        return not records._x.flags.writeable  # type: ignore[attr-defined]
-
-    assert is_view(feed.Piece(2, 0, 3, 5))
-    assert is_view(feed.Piece(3, 4, 8, 12))
-    assert not is_view(feed.Piece(3, 3, 8, 11))
-
-
-def test_batches_are_cut_small_and_rows_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = pa.record_batch({"x": [b"a" * 10] * 50 + [b"b" * 5000] + [b"c" * 10] * 49})
-    whole = list(pack([batch], 0, 0))
-    assert [each.column("rows")[0].as_py() for each in whole] == [100, 100]
-    monkeypatch.setattr(module, "BATCH_BYTES", 200)
-    bodies = list(pack([batch], 6, 3))
-    rows = [each.column("rows")[0].as_py() for each in bodies]
-    assert sum(rows[:-1]) == rows[-1] == 100
-    assert max(rows[:-1]) < 20
-    assert [each.column("batch")[0].as_py() for each in bodies] == list(range(len(bodies)))
-    assert {
-        (each.column("source")[0].as_py(), each.column("partition")[0].as_py()) for each in bodies
-    } == {(3, 6)}
-    monkeypatch.setattr(module, "ROW_BYTES", 4000)
-    with pytest.raises(DataError, match=r"source 3, partition 6: row 50 takes 5,0\d\d bytes"):
-        list(pack([batch], 6, 3))
-
-
-def test_what_is_packed_has_the_schema_that_spark_is_told() -> None:
-    kinds = {"int32": "int", "int64": "bigint", "binary": "binary"}
-    (mark,) = pack([], 4, 1)
-    said = ", ".join(f"{field.name} {kinds[str(field.type)]}" for field in mark.schema)
-    assert said == PACKED
-    assert mark.to_pylist() == [{"source": 1, "partition": 4, "batch": 0, "rows": 0, "body": b""}]
-
-
-def test_empty_partitions_and_sources_are_no_rows(spool: Path) -> None:
-    parts = unpacked(spool, [each for p in (1, 0) for each in pack([], p, 0)])
-    assert [(part["partition"], part["rows"], part["layout"]) for part in parts] == [
-        (0, 0, ""),
-        (1, 0, ""),
-    ]
-    source = SpooledSource("train", 0, "x", "y")
-    assert source.manifest().rows == 0
-    records = source.open(())
+def test_a_partition_can_be_read_before_it_ends(agent: Callable[..., Taken]) -> None:
+    taken = agent(arrival(sizes=[1000]))
+    wide = {"x": pa.array([bytes(2**18)] * 100), "y": pa.array(range(100))}
+    records = SpooledSource("train", 0, "x", "y").open_shard(0, 1)
     assert len(records) == 0
+    for batch in coming(wide, ["x", "y"], [100]):
+        taken.intake.write(batch)
+    assert len(records) == 64  # a window
+    assert not records.whole
+    assert taken.sums("first rows")
+    assert not taken.sums()
+    taken.intake.close()
+    records.wait(101, 5.0)
+    assert len(records) == 100
+    assert records.whole
+
+
+def test_a_worker_waits_no_longer_for_what_failed(agent: Callable[..., Taken]) -> None:
+    taken = agent(arrival(sizes=[9]))
+    taken.intake.write(coming({"x": Y, "y": Y}, ["x", "y"], [ROWS])[0])
+    records = SpooledSource("train", 0, "x", "y").open_shard(0, 1)
+    taken.intake.fail(DataError("train: row 9 is bad", hint="mend it"))
+    with pytest.raises(DataError, match="train: row 9 is bad"):
+        records.wait(10, 5.0)
+
+
+def test_empty_partitions_and_sources_are_no_rows(agent: Callable[..., Taken]) -> None:
+    taken = agent(arrival(sizes=[0, 0]))
+    assert taken.all([]) == {"bad": []}
+    source = SpooledSource("train", 0, "x", "y")
+    records = source.open_shard(1, 2)
+    assert len(records) == 0
+    assert records.whole
     assert [len(each) for each in records.take(np.array([], np.int64))] == [0, 0]
+    assert [part["rows"] for part in source.parts(1, 2, records)] == [0]
     with pytest.raises(DataError, match="train: no partition was spooled"):
         manifest_of("train", [])
 
 
-def test_sources_do_not_mix(spool: Path) -> None:
-    both = packed(KINDS["float"][0]) + packed(KINDS["bool"][0], [ROWS], source=1)
-    parts = unpacked(spool, interleaved(both, 0))
-    assert [(part["source"], part["partition"]) for part in parts] == [
-        *((0, p) for p in range(5)),
-        (1, 0),
-    ]
-    for number, kind in enumerate(("float", "bool")):
+def test_sources_do_not_mix_and_nobodys_rows_are_passed_over(agent: Callable[..., Taken]) -> None:
+    taken = agent(arrival(), arrival(sizes=[ROWS], name="test"))
+    first = coming({**KINDS["float"][0], "y": Y}, ["x", "y"], at_once=100)
+    second = coming({**KINDS["bool"][0], "y": Y}, ["x", "y"], [ROWS], source=1)
+    nobody = coming({**KINDS["float"][0], "y": Y}, ["x", "y"], source=-1)
+    taken.all(nobody, first, second)
+    for number, (kind, shards) in enumerate([("float", len(SIZES)), ("bool", 1)]):
         source = SpooledSource(kind, number, "x", "y")
-        records = source.open(source.manifest().share(0, 1))
-        x, _ = records.take(np.arange(ROWS))
-        assert isinstance(x, torch.Tensor)
-        assert torch.equal(x, torch.from_numpy(KINDS[kind][2]))
+        all_x = []
+        for shard in range(shards):
+            records = source.open_shard(shard, shards)
+            all_x.append(records.take(np.arange(len(records)))[0])
+            assert records.whole
+        have = torch.cat([x for x in all_x if len(x)])
+        assert torch.equal(have, torch.from_numpy(KINDS[kind][2]))
 
 
-def test_other_columns_and_nobodys_rows_are_passed_over(spool: Path) -> None:
-    (data, *_), end = packed(KINDS["float"][0], [4])[0][:1], packed(KINDS["float"][0], [4])[0][1:]
-    seed = {"agent": 0, "source": -1, "partition": 0, "batch": 0, "rows": 0, "body": None}
-    seeds = pa.RecordBatch.from_pylist([seed], pa.schema([("agent", pa.int32()), *data.schema]))
-    many = [each.add_column(0, "agent", pa.array([0], pa.int32())) for each in (data, *end)]
-    together = pa.Table.from_batches([seeds, *many]).combine_chunks().to_batches()
-    assert len(together) == 1
-    assert [part["rows"] for part in unpacked(spool, together)] == [4]
-
-
-def changed(one: pa.RecordBatch, **values: Any) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist([{**one.to_pylist()[0], **values}], one.schema)
-
-
-MISFITS: dict[str, tuple[Any, str]] = {
-    "a gap": (lambda b: [b[0], b[2], b[3]], "received batch 2: expected batch 1"),
-    "a missing beginning": (lambda b: b[1:], "received batch 1: expected batch 0"),
-    "a double": (lambda b: [b[0], b[0], *b[1:]], "received batch 0: expected batch 1"),
-    "another order": (lambda b: [b[1], b[0], *b[2:]], "received batch 1: expected batch 0"),
-    "all twice": (lambda b: [*b, *b], "received batch 0 after the end mark: expected no more"),
-    "two ends": (lambda b: [*b, b[-1]], "received batch 3 after the end mark"),
-    "no end": (lambda b: b[:-1], "received 3 batches and no end mark: expected batch 3 or"),
-    "a missing last batch": (lambda b: [*b[:2], b[3]], "received batch 3: expected batch 2"),
-    "an early end": (
-        lambda b: [*b[:2], changed(b[3], batch=2)],
-        "received 8 rows and the end mark: expected 9",
-    ),
-    "other rows": (
-        lambda b: [changed(b[0], rows=5), *b[1:]],
-        "received 4 rows in batch 0: expected 5",
-    ),
-    "a damaged body": (lambda b: [b[0], changed(b[1], body=b"no Arrow"), *b[2:]], "batch 1 cannot"),
-    "half a body": (
-        lambda b: [changed(b[0], body=b[0].to_pylist()[0]["body"][:-100]), *b[1:]],
-        "batch 0 cannot be read",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", MISFITS)
-def test_what_is_lost_or_doubled_is_refused(tmp_path: Path, what: str) -> None:
-    partitions = packed(KINDS["list"][0], source=2)
-    assert len(unpacked(tmp_path / "good", interleaved(partitions, 0))) == len(SIZES)
-    change, words = MISFITS[what]
-    partitions[3] = change(partitions[3])
-    with pytest.raises(DataError) as caught:
-        unpacked(tmp_path / "bad", interleaved(partitions, 0))
-    assert f"source 2, partition 3: {words}" in caught.value.message.replace("\n", " ")
-    assert "run again" in caught.value.hint
-    assert not (tmp_path / "bad/2/3/end.json").exists() or "after the end mark" in words
-
-
-def test_a_bad_row_is_found_before_training(tmp_path: Path) -> None:
+def test_a_bad_row_is_found_with_its_partition(agent: Callable[..., Taken]) -> None:
     rows = GRID[:, 0].tolist()
-    good = pa.array(rows, pa.list_(pa.float32()))
-    assert len(unpacked(tmp_path / "good", interleaved(packed({"x": good}), 0))) == 5
-    for bad, words in [
-        (rows[:14] + [None] + rows[15:], "null in row 6"),
-        (rows[:14] + [[1.0, None, 2.0]] + rows[15:], "null in row 6"),
-        (rows[:14] + [[1.0]] + rows[15:], "row 6 holds 1 values, the first row 3"),
-    ]:
-        partitions = packed({"x": pa.array(bad, pa.list_(pa.float32()))}, source=1)
+    for number, (bad, words) in enumerate(
+        [
+            ([*rows[:14], None, *rows[15:]], "null in row 6"),
+            ([*rows[:14], [1.0, None, 2.0], *rows[15:]], "null in row 6"),
+            ([*rows[:14], [1.0], *rows[15:]], "row 6 holds 1 values, the first row 3"),
+        ]
+    ):
+        batches = coming({"x": pa.array(bad, pa.list_(pa.float32())), "y": Y}, ["x", "y"])
         with pytest.raises(DataError) as caught:
-            unpacked(tmp_path / words / str(len(bad[14] or [])), interleaved(partitions, 0))
-        assert f"source 1, partition 3: column 'x': {words}" in str(caught.value)
+            agent(arrival(), name=f"error-{number}").all(batches)
+        assert f"train: partition 3: column 'x': {words}" in str(caught.value)
         assert "in the DataFrame" in caught.value.hint
+        skipping = agent(arrival(on_bad_record="skip"), name=f"skip-{number}")
+        (told,) = skipping.all(batches)["bad"]
+        assert (told["source"], told["count"]) == ("train", 1)
+        assert words in told["line"]
+        records = SpooledSource("train", 0, "x", "y").open_shard(3, len(SIZES))
+        assert len(records) == SIZES[3] - 1
 
 
-def part(partition: int, rows: int = 3, checksum: str = "0" * 8, layout: str = "x float32 (2,)"):  # type: ignore[no-untyped-def]
-    return SpooledPartition(
-        source=0, partition=partition, rows=rows, checksum=checksum, layout=layout
-    )
+def test_bad_rows_are_kept_in_quarantine(agent: Callable[..., Taken], tmp_path: Path) -> None:
+    place = {"on_bad_record": "quarantine", "quarantine": str(tmp_path / "bad")}
+    x = pa.array([1.0, None, 3.0] * 6)
+    agent(arrival(**place)).all(coming({"x": x, "y": Y}, ["x", "y"]))
+    kept = [
+        json.loads(line)
+        for path in (tmp_path / "bad").iterdir()
+        for line in path.read_text().splitlines()
+    ]
+    assert len(kept) == 6
+    assert {(each["where"], each["row"]) for each in kept} >= {("train: partition 0", 1)}
+
+
+def test_a_partition_that_was_not_counted(agent: Callable[..., Taken]) -> None:
+    batches = coming({"x": Y, "y": Y}, ["x", "y"])
+    with pytest.raises(DataError, match="train: partition 3: expected 0 to 2") as caught:
+        agent(arrival(sizes=SIZES[:3])).all(batches)
+    assert "adaptive execution" in caught.value.hint
+
+
+# What is taken from elsewhere
+
+
+def test_a_copy_is_what_it_is_of(agent: Callable[..., Taken]) -> None:
+    wide = {"x": pa.array([bytes([n]) * 2**18 for n in range(100)]), "y": pa.array(range(100))}
+    reader = agent(arrival(sizes=[9]), name="reader")
+    owner = agent(arrival(sizes=[9]), name="owner")
+    for batch in coming(wide, ["x", "y"], [100]):
+        reader.intake.write(batch)
+    records = SpooledSource("train", 0, "x", "y").open_shard(0, 1)
+    copy = owner.intake.copy(0, 0)
+    assert copy is not None
+    put_all(reader, copy)
+    assert (len(records), copy.number, copy.whole) == (64, 1, False)
+    assert owner.intake.copy(0, 0) is copy
+    reader.intake.close()
+    put_all(reader, copy)
+    assert copy.whole
+    assert owner.intake.copy(0, 0) is None
+    records.wait(100, 5.0)
+    assert records.whole
+    x, y = records.take(np.arange(100))
+    assert y.tolist() == list(range(100))
+    assert x[:, 0].tolist() == list(range(100))
+    owner.intake.drop(0, 0)
+    owner.intake.link(0, 0, str(reader.folder))  # it stays
+    assert len(SpooledSource("train", 0, "x", "y").open_shard(0, 1)) == 100
+
+
+def put_all(reader: Taken, copy: Any) -> None:
+    """Copies what there is as yet."""
+    while not copy.whole and (found := reader.intake.find(0, 0, copy.number)):
+        what, path = found
+        assert copy.put(what, copy.number, path.read_bytes()) == (what != "segment")
+        copy.put(what, 0, b"that comes again")
+
+
+def test_a_link_goes_with_its_reader_and_comes_with_the_next(agent: Callable[..., Taken]) -> None:
+    first, second = (agent(arrival(sizes=[9]), name=name) for name in ("first", "second"))
+    owner = agent(arrival(sizes=[9]), name="owner")
+    path = owner.folder / "spool/0/0"
+    batches = coming({"x": Y, "y": Y}, ["x", "y"], [ROWS])
+    assert owner.intake.is_here(str(first.folder), first.intake.nonce)
+    assert not owner.intake.is_here(str(first.folder), second.intake.nonce)
+    assert not owner.intake.is_here("/there/is/no/such/folder", first.intake.nonce)
+    first.intake.write(batches[0])
+    owner.intake.link(0, 0, str(first.folder))
+    records = SpooledSource("train", 0, "x", "y").open_shard(0, 1)
+    assert len(records) == 0
+    first.intake.abandon()
+    owner.intake.drop(0, 0)
+    assert not path.exists()
+    second.all(batches)
+    owner.intake.link(0, 0, str(second.folder))
+    assert len(records) == ROWS
+    assert not owner.intake.copying(0, 0)
+
+
+def part(partition: int, rows: int = 3, checksum: str = "0" * 8, layout: str = "x") -> Part:
+    return Part(partition=partition, rows=rows, checksum=checksum, layout=layout)
 
 
 def test_the_manifest_has_whole_partitions_in_order() -> None:
@@ -313,8 +377,8 @@ def test_the_manifest_has_whole_partitions_in_order() -> None:
         ([part(1)], "train: partition 0 was spooled 0 times"),
         ([part(0), part(1), part(0)], "train: partition 0 was spooled 2 times"),
         (
-            [part(0, 0, layout=""), part(1), part(2, layout="x float32 (3,)")],
-            "rows of partition 2 are x float32 (3,), those of partition 1 x float32 (2,)",
+            [part(0, 0, layout=""), part(1), part(2, layout="y")],
+            "rows of partition 2 are y, those of partition 1 x",
         ),
     ]:
         with pytest.raises(DataError) as caught:
@@ -323,18 +387,13 @@ def test_the_manifest_has_whole_partitions_in_order() -> None:
         assert caught.value.hint
 
 
-def test_a_spool_of_other_data_is_refused(spool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unpacked(spool, interleaved(packed(KINDS["float"][0]), 0))
+def test_only_a_worker_of_an_agent_has_spools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SPOOL, raising=False)
     source = SpooledSource("train", 0, "x", "y")
-    with pytest.raises(DataError, match="train: partition 2 has 3 rows here: expected at least 4"):
-        source.open([feed.Piece(2, 0, 4, 5)])
-    with pytest.raises(DataError, match=r"0/9/end\.json is missing"):
-        source.open([feed.Piece(9, 0, 4, 5)])
-    monkeypatch.delenv(SPOOL)
     with pytest.raises(
         JobError, match=r"train is a Spark DataFrame(.|\n)*PENSTOCK_SPOOL is not set"
     ):
-        source.open([feed.Piece(2, 0, 3, 5)])
+        source.open_shard(0, 1)
 
 
 class Frame:

@@ -456,6 +456,13 @@ def test_a_module_that_is_not_there_tells_where_it_was_looked_for(tmp_path: Path
         "checkpoint: {every: 200 steps, keep: 1, best: accuracy}\ntest: {mnist: {split: test}}\n",
         "callbacks: ['collections:Counter']\nworkers: 2\nshards: 4\nruns: memory://runs\n",
         "train: {npz: {path: digits.npz}}\n",
+        "train: {parquet: {url: a, features: [u, v], target: y, on_bad_record: skip}}\n",
+        "train: {parquet: {url: a, features: {column: p, height: 8, width: 9}, target: y}}\n",
+        "train: {arrow: {url: 's3://b/a', features: x, target: y}}\n",
+        "train: {csv: {url: a, features: x, target: y, delimiter: ;, header: false}}\n",
+        "train: {jsonl: {url: a, features: x, target: y, on_bad_record: quarantine}}\n",
+        "train: {images: {url: a, height: 8, width: 9, channels: 1, on_bad_record: skip}}\n",
+        "train: {text: {url: 'a/*.txt', length: 32, stride: 16}}\n",
     ],
 )
 def test_resolved_yaml_is_read_as_the_same_job(tmp_path: Path, more: str) -> None:
@@ -466,6 +473,21 @@ def test_resolved_yaml_is_read_as_the_same_job(tmp_path: Path, more: str) -> Non
     assert again.to_yaml() == made.to_yaml()
     assert again == made
     assert set(jobfile.read(tmp_path / "runs" / "job.yaml").values) == set(Job.model_fields)
+
+
+def test_keys_of_file_sources_are_checked(tmp_path: Path) -> None:
+    def refused(source: str) -> str:
+        return refusal(write(tmp_path, SMALL.replace("{mnist: {split: train}}", source)))
+
+    assert refused("{csv: {url: a, features: x, target: y, delimeter: ;}}").startswith(
+        "lenet.yaml:4: train.csv.delimeter: unknown key"
+    )
+    assert "did you mean 'skip'" in refused(
+        "{jsonl: {url: a, features: x, target: y, on_bad_record: skp}}"
+    )
+    assert "did you mean 'height'" in refused(
+        "{parquet: {url: a, features: {column: p, heigth: 8, width: 9}, target: y}}"
+    )
 
 
 def test_resolved_yaml_fills_in_what_follows_other_values(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
 """Spark DataFrames as sources: `dataframe` for the user, and how their rows come to the workers.
 
-    driver       DataFrameSource.frame_of(session): the columns, checked before any job
-    map tasks and agents: see `packing`
-    driver       manifest_of: what all agents have spooled is the manifest
-    worker       SpooledSource: the records of its shards, from the spools of its agent
+    driver    DataFrameSource.frame_of(session): the columns, checked before any job
+    agents    `intake`: rows of Spark's partitions into spools, as they come
+    worker    SpooledSource: the records of its shards, from those spools as they grow
 
 pyarrow and pyspark are imported inside the functions that use them, as in `columns`.
 """
@@ -13,47 +12,56 @@ from __future__ import annotations
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from penstock.errors import DataError, JobError
-from penstock.feed.arrays import ArrayRecords
-from penstock.feed.columns import Layout, Place, Selection, dense, fill, unsuitable
-from penstock.feed.manifest import Manifest, Partition, Piece
-from penstock.feed.packing import AGAIN, MEND, SpooledPartition, spooled
-from penstock.feed.source import Records, Source
-from penstock.feed.spool import Spool
+from penstock.feed.bad import BadRecords
+from penstock.feed.columns import Features, Image, Place, Selection, unsuitable
+from penstock.feed.decode import stages_of
+from penstock.feed.intake import MEND, Arrival, numbers
+from penstock.feed.manifest import Manifest, Part, Piece, partition_of
+from penstock.feed.segment import fields_in_words
+from penstock.feed.shelf import partitions_of
+from penstock.feed.source import Records, Source, Stage
+from penstock.feed.spooled import SpoolRecords
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SPOOL = "PENSTOCK_SPOOL"
 """The environment variable that names the folder of a worker's spools."""
+LOST_S = 30.0
+"""How long the driver may take to end a worker whose data was lost with another agent."""
 
 
-def dataframe(frame: Any, *, features: str | Sequence[str], target: str) -> Source:
+def dataframe(
+    frame: Any, *, features: Features, target: str, on_bad_record: str = "error"
+) -> Source:
     """Records from a Spark DataFrame, each row a record; for runs on Spark.
 
     A column of numbers or booleans is a tensor (batch,); arrays of one length, nested or not, are
     (batch, d, ...); binary of one length is uint8 (batch, length); images as Spark reads them are
     uint8 (batch, channels, height, width), in the order RGB(A). Dtypes stay as they are. Only the
-    columns named are read, and each partition is trained on as a whole by the worker that has it.
+    columns named are read, each partition is trained on as a whole by one shard, and training
+    begins with the first rows. A partition may never end, if the run is stopped otherwise.
 
     Arguments:
         frame: a DataFrame, classic or of Spark Connect; an RDD of Rows; the name of a table or
             temporary view; or a SQL query.
         features: a column, taken as its tensor; or several columns of numbers, stacked as float32
             (batch, columns), or as float64 if one of them is. A list of one column of numbers is
-            (batch, 1); a list of one other column is that column.
+            (batch, 1); a list of one other column is that column. Or a `feed.Image`: encoded
+            images.
         target: a column, taken as its tensor.
+        on_bad_record: what becomes of rows with nulls, or of unequal lengths and sizes: "error",
+            "skip" (left out and counted), or "quarantine" (also written to the run directory).
 
     Raises:
         DataError: `frame` is none of these; before any Spark job for missing columns and columns
-            of other types; before training for nulls and for unequal lengths and sizes.
+            of other types; as they come for nulls and for unequal lengths and sizes.
     """
     live = all(hasattr(frame, name) for name in ("mapInArrow", "schema", "sparkSession"))
     named = isinstance(frame, str) and frame.strip()
@@ -65,14 +73,15 @@ def dataframe(frame: Any, *, features: str | Sequence[str], target: str) -> Sour
             hint="spark.createDataFrame makes one of a pandas DataFrame or an Arrow table; "
             "feed.arrays takes arrays",
         )
-    return DataFrameSource(frame, Selection.of("dataframe", features, target))
+    return DataFrameSource(frame, Selection.of("dataframe", features, target), on_bad_record)
 
 
 class DataFrameSource:
     """A DataFrame, as the driver knows it: no worker opens it."""
 
-    def __init__(self, frame: Any, selection: Selection) -> None:
+    def __init__(self, frame: Any, selection: Selection, on_bad_record: str = "error") -> None:
         self._frame, self._selection = frame, selection
+        self._bad = BadRecords(on_bad_record)
 
     def manifest(self) -> Manifest:
         raise self._needs_spark()
@@ -83,7 +92,10 @@ class DataFrameSource:
     def describe(self) -> dict[str, Any] | None:
         if not isinstance(self._frame, str):
             return None
-        return {"dataframe": {"frame": self._frame, **self._selection.describe()}}
+        values = {"frame": self._frame, **self._selection.describe()}
+        if not self._bad.stops:
+            values["on_bad_record"] = self._bad.on_bad_record
+        return {"dataframe": values}
 
     def frame_of(self, session: Any) -> Any:
         """The DataFrame of this session, with the selected columns and no others.
@@ -124,14 +136,28 @@ class DataFrameSource:
 
         Arguments:
             name: of the source in the run, for messages.
-            number: of the source, as `pack` was told it.
+            number: of the source among those that agents take in.
         """
-        return SpooledSource(name, number, self._selection.features, self._selection.target)
+        selection = self._selection
+        return SpooledSource(name, number, selection.features, selection.target, self._bad)
+
+    def arrival(self, name: str, partitions: int, shards: int, quarantine: str) -> Arrival:
+        """The same records for agents.
+
+        Arguments:
+            name: of the source in the run, for messages.
+            partitions: how many Spark runs the DataFrame in.
+            shards: of the run.
+            quarantine: the folder of bad records.
+        """
+        on_bad_record = self._bad.on_bad_record
+        dealt = numbers(partitions, shards)
+        return Arrival(name, self._selection, dealt, on_bad_record, quarantine)
 
     def __getstate__(self) -> dict[str, Any]:
         """A Job takes its sources along to the workers, but a DataFrame stays with its session."""
         named = self._frame if isinstance(self._frame, str) else self._label
-        return {"_frame": named, "_selection": self._selection}
+        return {"_frame": named, "_selection": self._selection, "_bad": self._bad}
 
     @property
     def _label(self) -> str:
@@ -154,54 +180,60 @@ class DataFrameSource:
 
 @dataclass(frozen=True)
 class SpooledSource:
-    """The rows of a DataFrame, from the spools of this worker's agent.
+    """The rows of a DataFrame, from the spools of this worker's agent, which grow meanwhile.
 
     Arguments:
         name: of the source in the run.
         number: of the source: its spools are `<folder>/<number>/<partition>`, the folder named by
             the environment variable `SPOOL`.
         features, target: as `dataframe` has them.
+        bad: what becomes of images that cannot be decoded.
     """
 
     name: str
     number: int
-    features: str | tuple[str, ...]
+    features: str | tuple[str, ...] | Image
     target: str
+    bad: BadRecords = field(default_factory=BadRecords, compare=False)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What decodes encoded images, if there are any."""
+        return stages_of(self.features, self.name, self.bad)
 
     def manifest(self) -> Manifest:
-        """Of the partitions spooled here: an error where others have some of them."""
-        spools = {int(path.name): Spool(path) for path in self._folder.glob("*")}
-        parts = [spooled(self.number, number, spool.end) for number, spool in spools.items()]
-        return manifest_of(self.name, parts)
+        return Manifest((), whole=True, open=True)
 
     def open(self, pieces: Sequence[Piece]) -> Records:
-        """Records that are a view of a spool where they lie in one batch; else in memory."""
-        runs: list[tuple[pa.RecordBatch, Place]] = []
-        for piece in pieces:
-            runs += self._runs(piece)
-        layout = self._layout(pieces)
-        if len(runs) == 1 and not layout.stacked:
-            ((batch, place),) = runs
-            x, y = (
-                np.ascontiguousarray(dense(batch.column(name), replace(place, column=name)))
-                for name in (*self._selection.feature_names, self.target)
-            )
-            return ArrayRecords(x, y)
-        x, y = layout.empty(sum(piece.rows for piece in pieces))
-        for name, out in self._selection.outputs(x, y, layout):
-            done = 0
-            for batch, place in runs:
-                rows = out[done : done + batch.num_rows]
-                fill(rows, batch.column(name), replace(place, column=name))
-                done += batch.num_rows
-        return ArrayRecords(x, y)
+        raise DataError(f"{self.name}: its records are read shard by shard", hint="open_shard")
 
     def describe(self) -> None:
         return None
 
-    @property
-    def _selection(self) -> Selection:
-        return Selection(self.features, self.target)
+    def open_shard(self, shard: int, shards: int) -> SpoolRecords:
+        """The records of a shard: those of its partitions, in order of their numbers."""
+        mine, folder = self._numbers(shard, shards), self._folder
+
+        def spool(n: int) -> Path | None:
+            return folder / str(mine[n]) if n < len(mine) else None
+
+        return SpoolRecords(spool, self.name, grace_s=LOST_S)
+
+    def parts(self, shard: int, shards: int, records: SpoolRecords) -> list[Part]:
+        """What the shard's partitions held. As many for each shard: empty ones fill it up."""
+        found = [
+            Part(
+                partition=number,
+                rows=end.rows,
+                checksum=end.checksum,
+                layout=fields_in_words(end.fields),
+            )
+            for number, end in zip(self._numbers(shard, shards), records.ends(), strict=True)
+        ]
+        most = -(-len(partitions_of(self._folder)) // shards)
+        for number in range(shard + len(found) * shards, most * shards, shards):
+            found.append(Part(partition=number, rows=0, checksum="0" * 8, layout=""))
+        return found
 
     @property
     def _folder(self) -> Path:
@@ -213,35 +245,16 @@ class SpooledSource:
             )
         return Path(folder) / str(self.number)
 
-    def _runs(self, piece: Piece) -> Iterator[tuple[pa.RecordBatch, Place]]:
-        spool = Spool(self._folder / str(piece.partition))
-        where = f"{self.name}: partition {piece.partition}"
-        if piece.stop > spool.end.rows:
-            raise DataError(
-                f"{where} has {spool.end.rows} rows here: expected at least {piece.stop}",
-                hint="the data changed after the run began; start a new run",
-            )
-        row = piece.start
-        for batch in spool.batches(piece.start, piece.stop):
-            yield batch, Place(where, "", row, mend=MEND)
-            row += batch.num_rows
-
-    def _layout(self, pieces: Sequence[Piece]) -> Layout:
-        partitions = [self._folder / str(piece.partition) for piece in pieces]
-        # A shard without rows has tensors without rows, as wide as the others' where one is near.
-        for path in partitions or sorted(self._folder.glob("*")):
-            if arrays := Spool(path).end.arrays():
-                return self._selection.layout(arrays)
-        nothing = np.dtype(np.float32), ()
-        return Layout(nothing, nothing, stacked=False)
+    def _numbers(self, shard: int, shards: int) -> list[int]:
+        return [p for p in partitions_of(self._folder) if p % shards == shard]
 
 
-def manifest_of(name: str, parts: Sequence[SpooledPartition]) -> Manifest:
+def manifest_of(name: str, parts: Sequence[Part]) -> Manifest:
     """The manifest of one source, whole partitions numbered from 0.
 
     Arguments:
         name: of the source, for messages.
-        parts: of that source, in any order.
+        parts: of all shards, in any order.
 
     Raises:
         DataError: a number is missing or there twice, or rows of two partitions differ in layout.
@@ -255,7 +268,7 @@ def manifest_of(name: str, parts: Sequence[SpooledPartition]) -> Manifest:
             raise DataError(
                 f"{name}: partition {number} was spooled {count[number]} times: expected once, as "
                 f"all from 0 to {found[-1]['partition']}",
-                hint=AGAIN,
+                hint="run again, and report it if it comes again",
             )
     filled = [part for part in found if part["rows"]]
     for part in filled:
@@ -265,10 +278,7 @@ def manifest_of(name: str, parts: Sequence[SpooledPartition]) -> Manifest:
                 f"partition {filled[0]['partition']} {filled[0]['layout']}: expected one size",
                 hint=f"pad, cut or resize them to one size {MEND}",
             )
-    partitions = (
-        Partition(f"partition-{p['partition']} {p['checksum']}", p["rows"]) for p in found
-    )
-    return Manifest(tuple(partitions), whole=True)
+    return Manifest(tuple(map(partition_of, found)), whole=True)
 
 
 def _arrow_schema(fields: Sequence[Any], wanted: Sequence[str], place: Place) -> pa.Schema:
@@ -278,13 +288,13 @@ def _arrow_schema(fields: Sequence[Any], wanted: Sequence[str], place: Place) ->
     from pyspark.sql.pandas.types import to_arrow_type
 
     found = []
-    for field in fields:
+    for each in fields:
         kind = pa.null()
-        if field.name in wanted:
+        if each.name in wanted:
             try:
-                kind = to_arrow_type(field.dataType)
+                kind = to_arrow_type(each.dataType)
             except (PySparkException, AssertionError) as error:  # assert: times need a zone
-                name = field.dataType.simpleString()
-                raise unsuitable(name, name, replace(place, column=field.name)) from error
-        found.append(pa.field(field.name, kind))
+                name = each.dataType.simpleString()
+                raise unsuitable(name, name, replace(place, column=each.name)) from error
+        found.append(pa.field(each.name, kind))
     return pa.schema(found)

@@ -3,7 +3,8 @@
 Rows are numbered through all partitions in order. With N rows and S shards, shard s owns rows
 [floor(N s / S), floor(N (s+1) / S)): sizes differ by at most one whatever the partitions' sizes,
 empty ones included. A manifest of `whole` partitions (data that lies where it is worked on) is
-not cut: partition p belongs to shard p mod S.
+not cut: partition p belongs to shard p mod S. An `open` one tells of data that nobody has counted
+yet: its partitions are known once they have been read.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,27 @@ class Partition:
 
     name: str
     rows: int
+
+
+class Part(TypedDict):
+    """What a partition held that nobody had counted before: JSON values.
+
+    Arguments:
+        partition: its number.
+        rows: of the partition.
+        checksum: of its tensors; see `SpoolEnd`.
+        layout: of a row, in words; empty where there are no rows.
+    """
+
+    partition: int
+    rows: int
+    checksum: str
+    layout: str
+
+
+def partition_of(part: Part) -> Partition:
+    """As a manifest has it: its name changes with its rows."""
+    return Partition(f"partition-{part['partition']} {part['checksum']}", part["rows"])
 
 
 @dataclass(frozen=True)
@@ -42,6 +64,7 @@ class Manifest:
 
     partitions: tuple[Partition, ...]
     whole: bool = False
+    open: bool = False
 
     @property
     def rows(self) -> int:
@@ -52,7 +75,8 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Manifest:
-        return cls(tuple(Partition(**p) for p in values["partitions"]), values["whole"])
+        partitions = tuple(Partition(**p) for p in values["partitions"])
+        return cls(partitions, values["whole"], values.get("open", False))
 
     @property
     def fingerprint(self) -> str:

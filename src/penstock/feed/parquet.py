@@ -7,180 +7,101 @@ processes are forked from a server that must have one thread only.
 from __future__ import annotations
 
 import os
-import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import DataError
-from penstock.feed.arrays import ArrayRecords
-from penstock.feed.columns import Layout, Place, Selection, dense, fill
-from penstock.feed.files import contents, locate, opened
-from penstock.feed.manifest import Manifest, Partition, Piece
-from penstock.feed.source import Records, Source
+from penstock.feed.columns import Features, Selection
+from penstock.feed.files import opened
+from penstock.feed.source import Source
+from penstock.feed.table import READ_BYTES, Chunk, Part, TableSource
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
 
-def parquet(url: str | os.PathLike[str], *, features: str | Sequence[str], target: str) -> Source:
+def parquet(
+    url: str | os.PathLike[str],
+    *,
+    features: Features,
+    target: str,
+    on_bad_record: str = "error",
+) -> Source:
     """Records from a Parquet file, a folder of them, or a glob, on any fsspec URL.
 
     A column of numbers or booleans is a tensor (batch,); lists of one length, nested or not, are
     (batch, d, ...); a fixed-shape tensor is (batch, ...) as it says; binary of one length is
-    uint8 (batch, length); an image as Spark has it is uint8 (batch, channels, height, width).
-    Dtypes stay as they are. Only the columns named are read, and a worker holds only its own rows,
-    all of them in memory.
+    uint8 (batch, length); an image as Spark has it is uint8 (batch, channels, height, width);
+    dictionary-encoded strings are their codes, int64 (batch,), where all files have one dictionary.
+    Dtypes stay as they are. Only the columns named are read, and a worker reads only its own rows.
 
     Arguments:
         url: a file; a folder, whose `*.parquet` files count at any depth, save those whose path
             has a part that starts with "_" or "."; or a glob. Files are sorted by path.
         features: a column, taken as its tensor; or several columns of numbers, stacked as float32
             (batch, columns), or as float64 if one of them is. A list of one column of numbers is
-            (batch, 1); a list of one other column is that column.
+            (batch, 1); a list of one other column is that column. Encoded images are said by
+            `Image`.
         target: a column, taken as its tensor.
+        on_bad_record: what becomes of nulls and of values of another length or size than the
+            first good row's: "error"; "skip" leaves such rows out; "quarantine" also keeps them in
+            the run's folder. To leave rows out, `manifest()` must read all of them.
 
     Raises:
         DataError: from `manifest()` for missing or damaged files, missing columns, and columns of
-            other types or of another type in another file; from `open()` for nulls and for lists
-            or binary of unequal lengths. Rows are counted from 0 in each file.
+            other types or of another type in another file; from the records of `open()` for bad
+            rows. Rows are counted from 0 in each file.
     """
-    return ParquetSource(os.fspath(url), Selection.of("parquet", features, target))
+    selection = Selection.of("parquet", features, target)
+    return TableSource(os.fspath(url), selection, ParquetFormat(), on_bad_record)
 
 
-@dataclass(frozen=True)
-class RowGroup:
-    """Row group number `group` of a file; its first row is row `first_row` of the file."""
+class ParquetFormat:
+    """Row groups are parts."""
 
-    path: str
-    group: int
-    first_row: int
-    rows: int
-
-
-class ParquetSource:
-    """Parquet files. What `manifest()` learns of them travels with the source: it is small."""
-
-    def __init__(self, url: str, selection: Selection) -> None:
-        self._url, self._selection = url, selection
-        self._learnt: tuple[tuple[RowGroup, ...], Layout] | None = None
-
-    def manifest(self) -> Manifest:
-        groups, _ = self._learnt = self._learn()
-        start = len(
-            posixpath.commonpath([posixpath.dirname(group.path) for group in groups] or [""])
-        )
-        return Manifest(
-            tuple(
-                Partition(f"{group.path[start:].lstrip('/')}#{group.group}", group.rows)
-                for group in groups
-            )
-        )
-
-    def open(self, pieces: Sequence[Piece]) -> Records:
-        if self._learnt is None:
-            self._learnt = self._learn()
-        groups, layout = self._learnt
-        x, y = layout.empty(sum(piece.rows for piece in pieces))
-        done = 0
-        for piece in pieces:  # filled piece by piece: no more than one row group is held twice
-            group = groups[piece.partition]
-            table = self._read(group).slice(piece.start, piece.rows)
-            for name, out in self._selection.outputs(x, y, layout):
-                place = Place(group.path, name, group.first_row + piece.start)
-                fill(out[done : done + piece.rows], table.column(name), place)
-            done += piece.rows
-        return ArrayRecords(x, y)
+    name = "parquet"
+    suffixes: tuple[str, ...] = (".parquet",)
+    single = False
 
     def describe(self) -> dict[str, Any]:
-        return {"parquet": {"url": self._url, **self._selection.describe()}}
+        return {}
 
-    def _learn(self) -> tuple[tuple[RowGroup, ...], Layout]:
-        """Reads every file's footer, and one row."""
-        groups: list[RowGroup] = []
-        types: dict[str, pa.DataType] = {}
-        paths = _files(self._url)
-        for path in paths:
-            with _parquet_file(self._url, path) as file:
-                place = Place(path, self._selection.target)
-                for name, found in self._selection.check(file.schema_arrow, place).items():
-                    if found != types.setdefault(name, found):
-                        raise Place(path, name).error(
-                            f" is {found}, but {types[name]} in {paths[0]}",
-                            "all files must have the same columns; write them anew with one schema",
-                        )
-                first_row = 0
-                for number in range(file.metadata.num_row_groups):
-                    rows = file.metadata.row_group(number).num_rows
-                    groups.append(RowGroup(path, number, first_row, rows))
-                    first_row += rows
-        return tuple(groups), self._layout(groups, types, paths[0])
+    def parts(self, url: str, path: str, check: Callable[[pa.Schema, str], None]) -> Iterator[Part]:
+        with _parquet_file(url, path) as file:
+            check(file.schema_arrow, path)
+            for number in range(file.metadata.num_row_groups):
+                yield Part(path, number, file.metadata.row_group(number).num_rows)
 
-    def _layout(
-        self, groups: Sequence[RowGroup], types: dict[str, pa.DataType], path: str
-    ) -> Layout:
-        import pyarrow as pa
-
-        group = next((group for group in groups if group.rows), None)
-        if group is None:
-            row = {name: pa.array([], kind) for name, kind in types.items()}
-        else:
-            path = group.path
-            with _parquet_file(self._url, path) as file:
-                batch = next(
-                    file.iter_batches(
-                        batch_size=1,
-                        row_groups=[group.group],
-                        columns=self._selection.names,
-                        use_threads=False,
-                    )
-                )
-                row = {name: batch.column(name) for name in types}
-        first_row = group.first_row if group else 0
-        return self._selection.layout(
-            {name: dense(row[name], Place(path, name, first_row)) for name in row}
-        )
-
-    def _read(self, group: RowGroup) -> pa.Table:
-        with _parquet_file(self._url, group.path) as file:
-            if (
-                group.group >= file.metadata.num_row_groups
-                or file.metadata.row_group(group.group).num_rows != group.rows
-            ):
+    def chunks(
+        self, url: str, part: Part, names: Sequence[str], batch_rows: int | None
+    ) -> Iterator[Chunk]:
+        with _parquet_file(url, part.path) as file:
+            if part.number >= file.metadata.num_row_groups:
                 raise DataError(
-                    f"{group.path}: row group {group.group} no longer has {group.rows} rows",
+                    f"{part.path}: there is no row group {part.number} any more",
                     hint="the file was changed after the run began; start a new run",
                 )
-            return file.read_row_group(
-                group.group, columns=self._selection.names, use_threads=False
-            )
+            group = file.metadata.row_group(part.number)
+            row_bytes = _uncompressed_bytes(group, names) // max(group.num_rows, 1)
+            fitting = max(1, min(READ_BYTES // max(row_bytes, 1), 65536))
+            for batch in file.iter_batches(
+                batch_size=min(batch_rows or fitting, fitting),
+                row_groups=[part.number],
+                columns=list(names),
+                use_threads=False,
+            ):
+                yield Chunk(batch, batch.num_rows)
 
 
-def _files(url: str) -> list[str]:
-    """Paths on the file system of the URL, sorted."""
-    fs, root = locate(url)
-    if fs.isfile(root):
-        return [root]
-    if fs.isdir(root):
-        found = [path for path in fs.find(root) if path.endswith(".parquet")]
-        found = [path for path in found if not _is_hidden(path[len(root) :])]
-        if not found:
-            raise DataError(f"{url}: no *.parquet file; {contents(fs, root)}")
-        return sorted(found)
-    matches = [path for path in fs.glob(root) if fs.isfile(path)]
-    if not matches:
-        raise DataError(
-            f"{url}: no such file or folder, and no file matches it; "
-            f"{contents(fs, posixpath.dirname(root))}"
-        )
-    return sorted(matches)
-
-
-def _is_hidden(path: str) -> bool:
-    """As Spark and pyarrow have it: `_temporary`, `.part-0.parquet.crc`."""
-    return any(part.startswith(("_", ".")) for part in path.split("/"))
+def _uncompressed_bytes(group: Any, names: Sequence[str]) -> int:
+    columns = (group.column(i) for i in range(group.num_columns))
+    return sum(
+        column.total_uncompressed_size
+        for column in columns
+        if column.path_in_schema.partition(".")[0] in names
+    )
 
 
 @contextmanager

@@ -1,15 +1,18 @@
-"""Spools: a partition's rows on local disk, checked once and counted, for processes to come.
+"""Spools: a partition's rows on local disk, read while they are written.
 
-    000000.arrow   a segment: some batches, as an Arrow IPC file, whose footer seals it
-    000001.arrow   ...
-    end.json       rows and bytes of each segment, the columns' layout, a checksum: written last
+A spool is a folder (see `folder`) of segments (see `segment`). A segment holds exactly
+`window_rows` rows, the last one fewer; it is also the window within which the first epoch is
+shuffled. So its size is a function of the data and not of how rows came:
 
-What is being written has another name until it is whole, so a folder with an `end.json` holds all
-of a partition and one without holds nothing. Files are written with write(2) alone: a full disk is
-an error then and there, and no SIGBUS in whoever maps them later. Nothing is flushed to the medium:
-a spool outlives its writer and no crash of the machine.
+    window_rows = the largest power of two with window_rows * bytes of the first row <= 16 MiB,
+                  but 64 at least and 65,536 at most
 
-pyarrow is imported inside the functions that use it, as in `columns`.
+A reader maps sealed segments and looks for later ones by name. One that finds neither an end nor a
+held lock knows that the writer has died: that is an error, and never a short epoch. It goes by the
+folder's path alone, which may be a link that is turned to another spool of the same rows: what it
+has mapped stays good, and each segment says what rows it follows.
+
+Nothing is flushed to the medium: a spool outlives its writer and no crash of the machine.
 """
 
 from __future__ import annotations
@@ -19,124 +22,119 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.errors import DataError
-from penstock.feed.columns import Place, column_type, dense
+from penstock.errors import DataError, PenstockError
+from penstock.feed.folder import (
+    END,
+    FAILED,
+    LOCK,
+    Segment,
+    SpoolEnd,
+    SpoolFolder,
+    damaged,
+    failure,
+    segment_name,
+    writer_lives,
+)
+from penstock.feed.segment import (
+    WRITING,
+    Field,
+    MappedSegment,
+    Ragged,
+    SegmentWriter,
+    Values,
+    field_of,
+    fields_in_words,
+    map_segment,
+    raw,
+)
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+__all__ = [
+    "END",
+    "FAILED",
+    "LOCK",
+    "WRITING",
+    "Field",
+    "Ragged",
+    "Segment",
+    "Spool",
+    "SpoolEnd",
+    "SpoolFolder",
+    "SpoolWriter",
+    "Values",
+    "segment_name",
+    "writer_lives",
+]
 
-SEGMENT_BYTES = 64 * 2**20
-"""A segment ends with the batch that reaches this."""
-END = "end.json"
-WRITING = ".writing"
-"""Ends the names of files that are not whole yet."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A file of a spool: its name, rows, and bytes on disk."""
-
-    name: str
-    rows: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class SpoolEnd:
-    """What a closed spool holds.
-
-    Arguments:
-        rows: of all segments.
-        checksum: eight hexadecimal digits: a function of the columns' names, and of the dtype,
-            shape and values of the array that each becomes, row after row. Not of batches, of
-            segments, or of how Arrow lays values out.
-        bytes: of all segments, on disk.
-        layout: by column, dtype and shape of a row; empty where there are no rows.
-        segments: in order.
-    """
-
-    rows: int
-    checksum: str
-    bytes: int
-    layout: dict[str, tuple[str, tuple[int, ...]]]
-    segments: tuple[Segment, ...]
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """By column, an array as its values give it, with no rows."""
-        return {name: np.empty((0, *shape), dtype) for name, (dtype, shape) in self.layout.items()}
+WINDOW_BYTES = 16 * 2**20
+SMALLEST_WINDOW, LARGEST_WINDOW = 64, 65_536
+BATCH_BYTES = 4 * 2**20
+"""Rows are written in batches of about this, and smaller ones are collected: little memory, and
+few blocks among which a row is to be found. (The speed of writing does not depend on it.)"""
+LARGER_DISK = (
+    "make room there, or choose a larger disk: PENSTOCK_SPOOL names the folder, on Spark "
+    "spark.local.dir (SPARK_LOCAL_DIRS) does"
+)
 
 
 class SpoolWriter:
-    """Writes a partition's spool; one that is not closed leaves no end.
+    """Writes a partition's spool. In memory it has no more than a batch or a row of its own.
+
+    Whatever it raises, readers are told of.
 
     Arguments:
         folder: of the spool; made here.
-        place: of the partition's first row, for messages.
+        where: names the data, for messages.
+        need_bytes: what all rows will take, if that is known.
 
     Raises:
-        DataError: the folder is there already.
+        DataError: the folder holds a closed spool, or another writes there; or the disk has less
+            room than is needed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], place: Place | None = None) -> None:
-        self._folder = Path(folder)
-        self._place = place or Place(str(folder), "")
+    def __init__(
+        self, folder: str | os.PathLike[str], where: str, *, need_bytes: int | None = None
+    ) -> None:
+        self._folder = SpoolFolder(folder, where)
+        self._need_bytes = need_bytes
+        self._fields: dict[str, Field] = {}
+        self._sums: dict[str, list[int]] = {}
+        self._rows = self._window_rows = self._batch_rows = 0
         self._segments: list[Segment] = []
-        self._layout: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self._sums: dict[str, int] = {}
-        self._rows = 0
-        self._sealed_rows = 0
-        self._whole = True
-        self._schema: pa.Schema | None = None
-        self._file: Any = None
-        self._writer: Any = None
-        try:
-            self._folder.mkdir(parents=True)
-        except FileExistsError as error:
-            raise DataError(
-                f"{self._folder} is there already: a spool is written once",
-                hint="remove the folder, or give another",
-            ) from error
+        self._segment: SegmentWriter | None = None
+        self._small: dict[str, list[bytearray]] = {}
+        self._small_rows = self._small_bytes = 0
+        if (need_bytes or 0) > (free := shutil.disk_usage(self._folder.path).free):
+            error = self._full(f"{need_bytes:,} bytes are needed, {free:,} are free")
+            self.fail(error)
+            raise error
 
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Appends a batch, of which `columns.dense` can make arrays.
+    def write(self, values: Values) -> None:
+        """Appends rows: by field, the same number of each.
 
         Raises:
-            DataError: a column, null, length or size of which no array can be made, by its row;
-                another schema than before; or the disk is full.
+            DataError: a field is of another dtype or shape than before, or the disk is full.
         """
-        import pyarrow as pa
-
-        if self._schema is None:
-            for name in batch.schema.names:
-                column_type(batch.schema, replace(self._place, column=name))
-            self._schema = batch.schema
-        elif not batch.schema.equals(self._schema):
-            raise DataError(
-                f"{self._place.where}: the schema changes at row {self._rows} from "
-                f"{_words(self._schema)} to {_words(batch.schema)}",
-                hint="a partition has one schema",
-            )
-        if not batch.num_rows:
+        rows = len(next(iter(values.values())))
+        assert all(len(value) == rows for value in values.values())
+        if not rows:
             return
-        self._whole = False
-        self._check(batch)
-        with self._room(batch.nbytes):
-            if self._writer is None:
-                self._file = pa.OSFile(str(self._next() + WRITING), "wb")
-                options = pa.ipc.IpcWriteOptions(use_threads=False)
-                self._writer = pa.ipc.new_file(self._file, batch.schema, options=options)
-            self._writer.write_batch(batch)
-            if self._file.tell() >= SEGMENT_BYTES:
-                self._seal()
-        self._whole = True
+        with self._telling():
+            self._check(values)
+            start = 0
+            while start < rows:
+                room = self._window_rows - self._rows % self._window_rows
+                stop = min(start + self._batch_rows, start + room, rows)
+                self._append(stop - start, values, start)
+                if self._rows % self._window_rows == 0:
+                    self._seal()
+                start = stop
 
     def close(self) -> SpoolEnd:
         """Seals the spool.
@@ -144,132 +142,220 @@ class SpoolWriter:
         Raises:
             DataError: the disk is full.
         """
-        assert self._whole, "a write has failed: there is nothing to close"
-        with self._room(0):
-            if self._writer is not None:
+        with self._telling():
+            if self._rows % (self._window_rows or 1):
                 self._seal()
-            end = SpoolEnd(
-                self._rows,
-                self._checksum(),
-                sum(segment.bytes for segment in self._segments),
-                self._layout,
-                tuple(self._segments),
-            )
-            written = self._folder / (END + WRITING)
-            written.write_text(json.dumps(asdict(end), indent=1))
-            written.replace(self._folder / END)
+            checksum = _checksum(self._rows, self._fields, self._sums)
+            fields, segments = self._fields, tuple(self._segments)
+            end = SpoolEnd(self._rows, checksum, fields, self._window_rows, segments)
+            self._folder.end(end)
         return end
 
-    def _check(self, batch: pa.RecordBatch) -> None:
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            _, shape = self._layout.get(name, ("", None))
-            place = replace(self._place, column=name, first_row=self._place.first_row + self._rows)
-            values = dense(column, place, shape)
-            self._layout[name] = (str(values.dtype), values.shape[1:])
-            data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-            self._sums[name] = zlib.crc32(data.data, self._sums.get(name, 0))
-        self._rows += batch.num_rows
+    def fail(self, error: PenstockError) -> None:
+        """Gives up, and tells readers why; no more than a first time."""
+        self._discard()
+        self._folder.fail(error)
 
-    def _checksum(self) -> str:
-        columns = [(name, *self._layout[name], self._sums[name]) for name in sorted(self._sums)]
-        return f"{zlib.crc32(json.dumps([self._rows, columns]).encode()):08x}"
+    def abandon(self) -> None:
+        """Gives up without a word: readers find that the writer is gone."""
+        self._discard()
+        self._folder.release()
 
-    def _next(self) -> str:
-        return str(self._folder / f"{len(self._segments):06d}.arrow")
+    def _check(self, values: Values) -> None:
+        fields = {name: field_of(value) for name, value in values.items()}
+        if not self._fields:
+            self._fields = fields
+            row_bytes = max(_row_bytes(values), 1)
+            fitting = WINDOW_BYTES // row_bytes
+            window = 1 << max(fitting.bit_length() - 1, 0)
+            self._window_rows = min(max(window, SMALLEST_WINDOW), LARGEST_WINDOW)
+            self._batch_rows = max(BATCH_BYTES // row_bytes, 1)
+        elif fields != self._fields:
+            raise DataError(
+                f"{self._folder.where}: row {self._rows} is {fields_in_words(fields)}, those "
+                f"before are {fields_in_words(self._fields)}",
+                hint="all rows have one dtype and size",
+            )
+
+    def _append(self, rows: int, values: Values, start: int) -> None:
+        parts = {name: raw(_cut(value, start, start + rows)) for name, value in values.items()}
+        size = sum(part.nbytes for field in parts.values() for part in field)
+        for name, field in parts.items():
+            sums = self._sums.get(name, [0] * len(field))
+            self._sums[name] = [zlib.crc32(p.data, s) for p, s in zip(field, sums, strict=True)]
+        self._rows += rows
+        if size >= BATCH_BYTES // 4:
+            self._flush()
+            self._put(rows, parts)
+            return
+        # Copied, for the caller may use its memory again.
+        for name, field in parts.items():
+            buffers = self._small.setdefault(name, [bytearray() for _ in field])
+            for buffer, data in zip(buffers, field, strict=True):
+                buffer += data.data
+        self._small_rows += rows
+        self._small_bytes += size
+        if self._small_bytes >= BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._small_rows:
+            parts = {n: [np.frombuffer(b, np.uint8) for b in f] for n, f in self._small.items()}
+            self._put(self._small_rows, parts)
+            self._small, self._small_rows, self._small_bytes = {}, 0, 0
+
+    def _put(self, rows: int, parts: Mapping[str, list[NDArray[np.uint8]]]) -> None:
+        if self._segment is None:
+            path = self._folder.path / segment_name(len(self._segments))
+            self._segment = SegmentWriter(path, self._fields, self._window_rows)
+        self._segment.write(rows, parts)
 
     def _seal(self) -> None:
-        self._writer.close()
-        self._file.close()
-        path = self._next()
-        os.replace(path + WRITING, path)
-        rows = self._rows - self._sealed_rows
-        self._segments.append(Segment(os.path.basename(path), rows, os.path.getsize(path)))
-        self._sealed_rows, self._writer, self._file = self._rows, None, None
+        self._flush()
+        assert self._segment is not None
+        after = self._segments[-1].checksum if self._segments else ""
+        checksum = _checksum(self._rows, self._fields, self._sums)
+        rows = self._segment.rows
+        size = self._segment.seal(after=after, rows=self._rows, checksum=checksum)
+        self._segments.append(Segment(segment_name(len(self._segments)), rows, size, checksum))
+        self._segment = None
+
+    def _discard(self) -> None:
+        self._small = {}
+        if self._segment is not None:
+            self._segment.discard()
+            self._segment = None
 
     @contextlib.contextmanager
-    def _room(self, need_bytes: int) -> Iterator[None]:
+    def _telling(self) -> Iterator[None]:
+        assert self._folder.held, "the spool is closed, or was given up"
         try:
             yield
-        except OSError as error:
+        except OSError as os_error:
+            what = f"cannot write row {self._rows}: {os_error}"
+            if self._need_bytes is not None:
+                what += f" ({self._need_bytes:,} bytes are needed in all)"
             written = sum(segment.bytes for segment in self._segments)
-            free = shutil.disk_usage(self._folder).free
-            raise DataError(
-                f"{self._place.where}: cannot write {need_bytes:,} bytes after row {self._rows} "
-                f"into {self._folder}: {error} ({written:,} bytes written, {free:,} free)",
-                hint="a worker keeps its partitions on local disk: make room there, or set "
-                "spark.local.dir (SPARK_LOCAL_DIRS) to a larger disk",
-            ) from error
+            free = shutil.disk_usage(self._folder.path).free
+            error = self._full(f"{what}; {written:,} bytes are written, {free:,} are free")
+            self.fail(error)
+            raise error from os_error
+        except DataError as error:
+            self.fail(error)
+            raise
+
+    def _full(self, what: str) -> DataError:
+        folder = self._folder
+        return DataError(f"{folder.where}: no room in {folder.path}: {what}", hint=LARGER_DISK)
 
 
 class Spool:
-    """A closed spool, mapped into memory: what is read of it is not copied.
+    """A spool as its reader sees it: the segments that are sealed, mapped into memory.
 
     Arguments:
-        folder: of the spool.
+        folder: of the spool; need not be there yet.
+        where: names the data, for messages.
 
     Raises:
-        DataError: it is not closed, or a segment is missing, too many, or not as it was written.
+        DataError: see `refresh`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = Path(folder)
-        self.end = self._read_end()
-        expected = [segment.name for segment in self.end.segments]
-        there = sorted(path.name for path in self._folder.glob("*.arrow"))
-        for name in sorted({*expected} ^ {*there}):
-            what = "is missing" if name in expected else "is not of this spool"
-            raise self._damaged(name, f"{what}: expected {len(expected)} segments")
-        self._batches = [batch for segment in self.end.segments for batch in self._map(segment)]
+    def __init__(self, folder: str | os.PathLike[str], where: str) -> None:
+        self.folder, self.where = Path(folder), where
+        self.end: SpoolEnd | None = None
+        """Of a closed spool whose segments are all mapped."""
+        self.rows = 0
+        self.segments: list[Segment] = []
+        self.mapped: list[MappedSegment] = []
+        self.refresh()
 
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[pa.RecordBatch]:
-        """Rows [start, stop) of the partition, batch by batch; stop None is its end."""
-        first, stop = 0, self.end.rows if stop is None else stop
-        for batch in self._batches:
-            low, high = max(start - first, 0), min(stop - first, batch.num_rows)
-            if low < high:
-                yield batch.slice(low, high - low)
-            first += batch.num_rows
+    def refresh(self) -> None:
+        """Maps what has been sealed since.
 
-    def _read_end(self) -> SpoolEnd:
-        try:
-            values = json.loads((self._folder / END).read_text())
-            return SpoolEnd(
-                values["rows"],
-                values["checksum"],
-                values["bytes"],
-                {name: (dtype, tuple(shape)) for name, (dtype, shape) in values["layout"].items()},
-                tuple(Segment(**segment) for segment in values["segments"]),
-            )
-        except FileNotFoundError as error:
-            raise self._damaged(END, "is missing: the spool was never closed") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(END, f"cannot be read: {error}") from error
+        Raises:
+            DataError: a segment is missing, or not as it was written, or follows other rows than
+                those before it.
+        """
+        if self.end is not None:
+            return
+        end = SpoolEnd.read(self.folder)  # first: all segments are there before it is
+        while (path := self.folder / segment_name(len(self.segments))).exists():
+            self._map(path)
+        if end is not None:
+            self._match(end)
+            self.end = end
 
-    def _map(self, segment: Segment) -> list[pa.RecordBatch]:
-        import pyarrow as pa
+    def lives(self) -> bool:
+        """Whether more can come; not if the writer has died.
 
-        path = self._folder / segment.name
-        if (size := path.stat().st_size) != segment.bytes:  # reading past the end is a SIGBUS
-            raise self._damaged(segment.name, f"has {size} bytes: expected {segment.bytes}")
-        try:
-            options = pa.ipc.IpcReadOptions(use_threads=False)
-            # As a buffer, since Arrow reads files with threads of its own, even mapped ones.
-            mapped = pa.memory_map(str(path)).read_buffer()
-            reader = pa.ipc.open_file(mapped, options=options)
-            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        except (pa.ArrowException, OSError) as error:
-            raise self._damaged(segment.name, f"cannot be read: {error}") from error
-        rows = sum(batch.num_rows for batch in batches)
-        if rows != segment.rows:
-            raise self._damaged(segment.name, f"has {rows} rows: expected {segment.rows}")
-        return batches
+        Raises:
+            DataError, or another: what the writer said when it gave up.
+        """
+        folder = os.path.realpath(self.folder)
+        if self.end is not None or writer_lives(self.folder) is not False:
+            return True
+        self.refresh()  # what was written last is there by now
+        if self.end is not None:
+            return True
+        if (error := failure(self.folder)) is not None:
+            raise error
+        # A link that has been turned meanwhile is looked at anew.
+        return os.path.realpath(self.folder) != folder
 
-    def _damaged(self, name: str, what: str) -> DataError:
+    def died(self) -> DataError:
+        """The error for a writer that lives no more."""
         return DataError(
-            f"{self._folder / name} {what}",
-            hint="a spool is nobody's to change; run again to have it written anew",
+            f"{self.where}: the writer of {self.folder} has died after {self.rows} rows: expected "
+            "more, or an end",
+            hint="look into its log; run again to have them written anew",
         )
 
+    def _map(self, path: Path) -> None:
+        try:
+            mapped = map_segment(path)
+            after, rows, checksum = (mapped.words[k] for k in ("after", "rows", "checksum"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise damaged(path, f"cannot be read: {error}") from error
+        if after != (self.segments[-1].checksum if self.segments else ""):
+            raise DataError(
+                f"{self.where}: {path} follows other rows than those that were read before it: "
+                "expected the same rows from whoever writes them",
+                hint="data that is read again must not change: store it, and read what was stored",
+            )
+        if rows != self.rows + mapped.rows:
+            what = f"ends with row {self.rows + mapped.rows}: expected row {rows}"
+            raise damaged(path, what)
+        self.rows = rows
+        self.mapped.append(mapped)
+        self.segments.append(Segment(path.name, mapped.rows, mapped.bytes, checksum))
 
-def _words(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name}: {field.type}" for field in schema)
+    def _match(self, end: SpoolEnd) -> None:
+        for number, segment in enumerate(end.segments):
+            if number == len(self.segments):
+                expected = f"expected {len(end.segments)} segments"
+                raise damaged(self.folder / segment.name, f"is missing: {expected}")
+            mine = self.segments[number]
+            if (mine.rows, mine.checksum) != (segment.rows, segment.checksum):
+                was = f"has {mine.rows} rows, checksum {mine.checksum}"
+                now = f"expected {segment.rows} rows, checksum {segment.checksum}"
+                raise damaged(self.folder / segment.name, f"{was}: {now}")
+        if len(self.segments) > len(end.segments):
+            what = f"is not of this spool: expected {len(end.segments)} segments"
+            raise damaged(self.folder / self.segments[len(end.segments)].name, what)
+
+
+def _checksum(rows: int, fields: Mapping[str, Field], sums: Mapping[str, list[int]]) -> str:
+    words = [(name, str(fields[name]), sums[name]) for name in sorted(sums)]
+    return f"{zlib.crc32(json.dumps([rows, words]).encode()):08x}"
+
+
+def _row_bytes(values: Values) -> int:
+    """Of the first row."""
+    first = (v[0] if isinstance(v, Ragged) else v[:1] for v in values.values())
+    return sum(value.nbytes for value in first)
+
+
+def _cut(value: NDArray[Any] | Ragged, start: int, stop: int) -> NDArray[Any] | Ragged:
+    if isinstance(value, Ragged):
+        return Ragged(value.offsets[start : stop + 1], value.data)
+    return value[start:stop]

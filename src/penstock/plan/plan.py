@@ -69,13 +69,15 @@ class Plan:
 
     def show(self, workers: int) -> str:
         """A few lines for a terminal."""
-        shard_rows = {n: m.shard_rows(self.shards) for n, m in self.manifests.items()}
+        shard_rows = {n: m.shard_rows(self.shards) for n, m in self.manifests.items() if not m.open}
+        read = [f"{name} as it is read" for name, m in self.manifests.items() if m.open]
         rows = ", ".join(
             f"{name} {sum(r):,} records ({min(r):,} to {max(r):,} a shard)"
             if min(r) != max(r)
             else f"{name} {sum(r):,} records ({r[0]:,} a shard)"
             for name, r in shard_rows.items()
         )
+        rows = ", ".join(filter(None, [rows, *read]))
         lines = [
             f"{_count(self.shards, 'shard')} on {_count(workers, 'worker')} "
             f"of {_count(self.threads, 'thread')}, {self.device}",

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from penstock.errors import DataError
-from penstock.feed import Manifest, Source
-from penstock.feed.order import epoch_order, steps_per_epoch
-from penstock.feed.source import Records, Tensors
+from penstock.feed import Manifest, Records, Rows, Source, Stage, Stream
+from penstock.feed.dataframe import manifest_of
+from penstock.feed.manifest import Part, partition_of
+from penstock.feed.mapped import origin
+from penstock.feed.order import epoch_order, steps_per_epoch, windowed
+from penstock.feed.spooled import SpoolRecords
+
+TIMEOUT_S = 300.0
+"""How long rows that are still being read may fail to come."""
+UNCHANGED = (
+    "give the data that it began with, or begin a new run; rows that Spark shuffles come in "
+    "another order each time: sort within partitions, or write them to a table first"
+)
+ID_BITS = 40
+"""Where nobody has counted the records before, an id is the shard, and the row in these bits."""
+
+
+Over: TypeAlias = Callable[[], bool]
+"""Whether nobody waits any more for what is being read."""
+
+
+def never() -> bool:
+    """For who waits till the end."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -49,12 +71,33 @@ class Cursor:
     step: int = 0
 
 
+@dataclass(frozen=True)
+class Request:
+    """What the i-th own shard is to read for one batch.
+
+    Arguments:
+        epoch: whose order counts; None for records as they lie.
+        positions: in that order; none where the shard has nothing (more) in a step.
+        ends_shard: whether it is the shard's last batch of the step.
+        ends_step: whether it is this worker's last of the step.
+        more: if it ends the step, whether an own shard has rows for another one in this epoch.
+    """
+
+    i: int
+    epoch: int | None
+    positions: range
+    ends_shard: bool = True
+    ends_step: bool = True
+    more: bool = True
+
+
 class Feed:
     """One source as this worker sees it.
 
     Arguments:
         own, shards: the shards of this worker, and their number in all.
         seed: of the order.
+        timeout_s: how long rows that are still being read may fail to come.
     """
 
     def __init__(
@@ -66,74 +109,187 @@ class Feed:
         shards: int,
         seed: int,
         device: torch.device,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self.name, self.own, self.seed = name, own, seed
-        self.rows = manifest.shard_rows(shards)
-        self._source, self._manifest = source, manifest
-        self._shards, self._device = shards, device
-        self._opened: dict[int, tuple[Records, NDArray[np.int64]]] = {}
+        self.name, self.own, self.seed, self.device = name, own, seed, device
+        self.stages: tuple[Stage, ...] = tuple(getattr(source, "stages", ()))
+        self._source = origin(source)
+        self._shards, self._timeout_s = shards, timeout_s
+        self._opened: dict[int, tuple[Records, NDArray[np.int64] | None]] = {}
         self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
+        self._know(manifest)
 
-    def steps_per_epoch(self, examples_per_step: int) -> int:
-        """Steps until every shard has been read once."""
+    def _know(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.rows = None if manifest.open else manifest.shard_rows(self._shards)
+
+    def steps_per_epoch(self, examples_per_step: int) -> int | None:
+        """Steps until every shard has been read once; None where nobody has counted yet."""
+        if self.rows is None:
+            return None
         steps = steps_per_epoch(self.rows, examples_per_step)
         if steps == 0:
             raise DataError(f"{self.name}: there are no records", hint="is the folder empty?")
         return steps
 
-    def rows_of_step(self, i: int, step: int, examples_per_step: int) -> range:
-        """Positions in the epoch's order that the i-th own shard reads in this step."""
-        rows = self.rows[self.own[i]]
-        return range(min(step * examples_per_step, rows), min((step + 1) * examples_per_step, rows))
+    @property
+    def overlaps(self) -> bool:
+        """Whether there is anything to do beside training: reading, stages, or another device."""
+        if self.stages or self.device.type != "cpu":
+            return not any(getattr(self._open(i)[0], "draws", False) for i in range(len(self.own)))
+        return any(isinstance(self._open(i)[0], SpoolRecords) for i in range(len(self.own)))
 
-    def batch(self, i: int, epoch: int, positions: range) -> Batch:
-        """The records at these positions of the i-th own shard's order in this epoch."""
-        return self._take(i, epoch, self._order(i, epoch)[positions.start : positions.stop])
+    def requests(self, cursor: Cursor, epochs: int, over: Over) -> Iterator[Request]:
+        """What is to be read from here on, step after step, shard after shard.
 
-    def in_order(self, i: int, batch_size: int) -> Iterator[Batch]:
-        """All records of the i-th own shard as they lie, not shuffled."""
-        rows = self.rows[self.own[i]]
-        for start in range(0, rows, batch_size):
-            yield self._take(i, 0, np.arange(start, min(start + batch_size, rows)))
+        Ends after the last epoch; where nobody has counted the records, after the first.
+        """
+        batch_size, per_step = cursor.batch_size, cursor.batch_size * cursor.accumulate
+        epoch, step = cursor.epoch, cursor.step
+        while epoch < epochs:
+            steps, more = self.steps_per_epoch(per_step), True
+            while step < steps if steps is not None else more:
+                reads = [
+                    self._positions(i, step * per_step, per_step, over)
+                    for i in range(len(self.own))
+                ]
+                if steps is None:
+                    more = any(another for _, another in reads)
+                for i, (positions, _) in enumerate(reads):
+                    starts = range(0, len(positions), batch_size) or range(1)
+                    for start in starts:
+                        last = start == starts[-1]
+                        yield Request(
+                            i,
+                            epoch,
+                            positions[start : start + batch_size],
+                            last,
+                            last and i == len(reads) - 1,
+                            more,
+                        )
+                step += 1
+            if steps is None:
+                return
+            epoch, step = epoch + 1, 0
 
-    def _take(self, i: int, epoch: int, rows: NDArray[np.int64]) -> Batch:
+    def in_order(self, i: int, batch_size: int, over: Over) -> Iterator[Request]:
+        """All records of the i-th own shard as they lie."""
+        start, more = 0, True
+        while more:
+            positions, more = self._positions(i, start, batch_size, over)
+            if positions:
+                yield Request(i, None, positions)
+            start += batch_size
+
+    def read(self, request: Request, over: Over) -> Rows | None:
+        """The records of a request, before any stage; None where there are none."""
+        if not request.positions:
+            return None
+        i, shard = request.i, self.own[request.i]
+        rows = self._rows(request, over)
         records, ids = self._open(i)
         x, y = records.take(rows)
+        return Rows(x, y, (shard << ID_BITS) + rows if ids is None else ids[rows])
+
+    def random(self, request: Request, stage: int) -> np.random.Generator:
+        """What a stage may draw for a request: the same on any number of workers."""
+        epoch = 2**32 - 1 if request.epoch is None else request.epoch
+        key = (epoch, self.own[request.i], request.positions.start, stage)
+        words = np.random.SeedSequence(self.seed, spawn_key=key)
+        return np.random.Generator(np.random.Philox(words))
+
+    def batch(self, request: Request, rows: Rows) -> Batch:
+        """What training gets."""
         return Batch(
-            on_device(x, self._device),
-            on_device(y, self._device),
-            ids[rows],
-            self.own[i],
-            epoch,
-            len(rows),
+            rows.x, rows.y, rows.ids, self.own[request.i], request.epoch or 0, len(rows.ids)
         )
 
-    def _open(self, i: int) -> tuple[Records, NDArray[np.int64]]:
+    def parts(self) -> list[Part]:
+        """What the partitions of the own shards held; waits until all has been read."""
+        assert isinstance(self._source, Stream)
+        found: list[Part] = []
+        for i, shard in enumerate(self.own):
+            records, _ = self._open(i)
+            assert isinstance(records, SpoolRecords)
+            self._reach(i, None, never)
+            found += self._source.parts(shard, self._shards, records)
+        return found
+
+    def settle(self, parts: list[Part]) -> None:
+        """Everything has been counted: the parts of all shards are the manifest."""
+        self._know(manifest_of(self.name, parts))
+
+    def _positions(self, i: int, start: int, count: int, over: Over) -> tuple[range, bool]:
+        """Of `count` positions from `start` on those that the i-th own shard has; whether it has
+        more."""
+        if self.rows is not None:
+            rows = self.rows[self.own[i]]
+        else:  # one more tells whether there is another step
+            rows = self._reach(i, start + count + 1, over)
+        return range(min(start, rows), min(start + count, rows)), rows > start + count
+
+    def _reach(self, i: int, rows: int | None, over: Over) -> int:
+        """Waits for so many rows of the i-th own shard, or for all; how many there are."""
+        records, _ = self._open(i)
+        if isinstance(records, SpoolRecords):
+            records.wait(sys.maxsize if rows is None else rows, self._timeout_s, over)
+        return len(records)
+
+    def _rows(self, request: Request, over: Over) -> NDArray[np.int64]:
+        """Which rows of the shard a request is for; waits for them."""
+        i, positions = request.i, request.positions
+        records, _ = self._open(i)
+        shard = self.own[i]
+        if request.epoch is None:
+            self._reach(i, positions.stop, over)
+            return np.arange(positions.start, positions.stop)
+        if request.epoch == 0 and isinstance(records, SpoolRecords):
+            self._reach(i, positions.stop, over)
+            return windowed(self.seed, 0, shard, records.windows, positions.start, positions.stop)
+        if self._orders.get(i, (-1,))[0] != request.epoch:
+            if isinstance(records, SpoolRecords):
+                self._reach(i, None, over)
+                self._check_unchanged(i, records)
+            order = epoch_order(self.seed, request.epoch, shard, len(records))
+            self._orders[i] = (request.epoch, order)
+        return self._orders[i][1][positions.start : positions.stop]
+
+    def _open(self, i: int) -> tuple[Records, NDArray[np.int64] | None]:
         if i not in self._opened:
-            pieces = self._manifest.share(self.own[i], self._shards)
+            shard = self.own[i]
+            if isinstance(self._source, Stream):
+                self._opened[i] = self._source.open_shard(shard, self._shards), None
+                return self._opened[i]
+            assert self.rows is not None
+            pieces = self.manifest.share(shard, self._shards)
             records = self._source.open(pieces)
             ids = [np.arange(p.first_id, p.first_id + p.rows, dtype=np.int64) for p in pieces]
-            if len(records) != self.rows[self.own[i]]:
-                raise DataError(
-                    f"{self.name}: shard {self.own[i]} has {len(records)} records where the "
-                    f"manifest says {self.rows[self.own[i]]}",
-                    hint="the data changed after the run began",
-                )
+            if not isinstance(records, SpoolRecords):
+                self._check_rows(shard, len(records))
             self._opened[i] = records, np.concatenate(ids) if ids else np.empty(0, np.int64)
         return self._opened[i]
 
-    def _order(self, i: int, epoch: int) -> NDArray[np.int64]:
-        if self._orders.get(i, (-1,))[0] != epoch:
-            shard = self.own[i]
-            order = epoch_order(self.seed, epoch, shard, self.rows[shard])
-            self._orders[i] = (epoch, order)
-        return self._orders[i][1]
+    def _check_unchanged(self, i: int, records: SpoolRecords) -> None:
+        """What has come is what the manifest says."""
+        shard = self.own[i]
+        if not isinstance(self._source, Stream):
+            self._check_rows(shard, len(records))
+            return
+        recorded = {partition.name: partition.rows for partition in self.manifest.partitions}
+        for part in self._source.parts(shard, self._shards, records):
+            found = partition_of(part)
+            if recorded.get(found.name) != found.rows:
+                raise DataError(
+                    f"{self.name} has changed since the run began: partition {part['partition']} "
+                    f"is now {found.name} of {found.rows:,} rows, which it was not then",
+                    hint=UNCHANGED,
+                )
 
-
-def on_device(tensors: Tensors, device: torch.device) -> Any:
-    """The same structure on another device."""
-    if isinstance(tensors, torch.Tensor):
-        return tensors.to(device, non_blocking=True)
-    if isinstance(tensors, dict):
-        return {key: on_device(t, device) for key, t in tensors.items()}
-    return tuple(on_device(t, device) for t in tensors)
+    def _check_rows(self, shard: int, found: int) -> None:
+        assert self.rows is not None
+        if found != self.rows[shard]:
+            raise DataError(
+                f"{self.name}: shard {shard} has {found} records where the manifest says "
+                f"{self.rows[shard]}",
+                hint="the data changed after the run began",
+            )

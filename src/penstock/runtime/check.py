@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 
 from penstock.errors import DataError
 from penstock.feed.dataframe import DataFrameSource
+from penstock.feed.mapped import origin
 from penstock.job import Job
 from penstock.runtime import loop, payload
 from penstock.runtime.batches import Feed
 from penstock.runtime.shards import preserved, seed
+from penstock.runtime.supply import Supply
 
 
 def check(job: Job) -> list[str]:
@@ -38,7 +41,7 @@ def check(job: Job) -> list[str]:
             if maker is None:
                 continue
             source = maker.make()
-            if isinstance(source, DataFrameSource):
+            if isinstance(origin(source), DataFrameSource):
                 lines.append(f"{name:8} a DataFrame: Spark checks its columns when the run begins")
                 continue
             manifest = source.manifest()
@@ -55,7 +58,8 @@ def check(job: Job) -> list[str]:
                 job.seed,
                 torch.device("cpu"),
             )
-            batch = feed.batch(0, 0, range(min(job.batch_size, rows[shard])))
+            with Supply(feed, partial(feed.in_order, 0, job.batch_size)) as supply:
+                batch = next(supply.batches())
             loss = loop.loss_of_batch(network, loss_of, batch, f"{name}, shard {shard}")
             lines.append(
                 f"{name:8} {manifest.rows:,} records in {len(manifest.partitions)} partitions; "

@@ -12,6 +12,7 @@ from penstock.errors import DataError, JobError, RunError
 from penstock.exchange.network import Network
 from penstock.feed import Manifest
 from penstock.plan import Plan
+from penstock.runtime.batches import UNCHANGED
 from penstock.runtime.checkpoint import latest
 from penstock.runtime.run import Run
 from penstock.runtime.store import Store
@@ -106,15 +107,15 @@ def check_unchanged(plan: Plan, manifests: Mapping[str, Manifest]) -> None:
     """
     for name, manifest in manifests.items():
         recorded = plan.manifests.get(name)
+        if manifest.open and recorded is not None:
+            continue  # the workers see when they have read it
         if recorded is None or recorded.fingerprint != manifest.fingerprint:
             was = "none" if recorded is None else f"{recorded.rows:,} records"
             raise DataError(
                 f"{name} has changed since the run began: {manifest.rows:,} records in "
                 f"{len(manifest.partitions)} partitions, {was} then"
                 f"{'' if recorded is None else _first_other(recorded, manifest)}",
-                hint="give the data that it began with, or begin a new run; rows that Spark "
-                "shuffles come in another order each time: sort within partitions, or write "
-                "them to a table first",
+                hint=UNCHANGED,
             )
 
 

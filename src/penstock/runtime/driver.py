@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from penstock.cluster.coordinator import Coordinator
-from penstock.errors import JobError, RunError
+from penstock.errors import Fault, Interrupted, JobError, RunError
 from penstock.exchange.agreement import Clip
 from penstock.feed import Manifest, Source
-from penstock.feed.dataframe import DataFrameSource, SpooledSource, manifest_of
-from penstock.feed.packing import SpooledPartition
+from penstock.feed.bad import bad_of
+from penstock.feed.dataframe import DataFrameSource
+from penstock.feed.mapped import origin, replaced
 from penstock.job import AllReduce, Averaging, Job
 from penstock.plan import Plan
 from penstock.runtime import entry, loop, payload
@@ -33,6 +34,7 @@ from penstock.runtime.entry import Assignment
 from penstock.runtime.membership import Membership
 from penstock.runtime.place import Asked, Here, OnSpark, at
 from penstock.runtime.run import Run
+from penstock.runtime.spools import SPOOL, RunSpools
 from penstock.runtime.store import Store
 from penstock.runtime.supervisor import Payload, Supervisor
 from penstock.runtime.worker import Settings, Worker
@@ -171,9 +173,12 @@ def _run(
     with ExitStack() as stack:
         place = at(on, wanted.name, workers)
         stack.callback(place.close)
-        frames = {n: s for n, s in sources.items() if isinstance(s, DataFrameSource)}
+        frames = {
+            name: frame
+            for name, source in sources.items()
+            if isinstance(frame := origin(source), DataFrameSource)
+        }
         place.check(frames, workers, wanted.device)
-        manifests = {name: s.manifest() for name, s in sources.items() if name not in frames}
         plan: Plan | None = None
         resume_step: int | None = None
         if resume is None:
@@ -183,6 +188,14 @@ def _run(
         else:
             store = Store(resume.url if isinstance(resume, Run) else str(resume))
             plan, resume_step = decided(store, settings)
+        url = _absolute(store.url)
+        for bad in (bad_of(source) for source in sources.values()):
+            bad.folder = f"{url}/quarantine"
+        manifests = {
+            name: Manifest((), whole=True, open=True) if name in frames else source.manifest()
+            for name, source in sources.items()
+        }
+        if plan is not None:
             check_unchanged(plan, manifests)
         shards = wanted.shards if plan is None else plan.shards
         if workers > shards:
@@ -190,10 +203,16 @@ def _run(
                 f"{workers} workers for {shards} shards",
                 hint=f"a run's shards are fixed; at most {shards} workers",
             )
+        spools = RunSpools(url) if isinstance(place, Here) else None
+        if spools is not None:  # on a cluster each agent has its own
+            stack.callback(spools.close)
         token, shown = new_token(), display(progress)
         coordinator = Coordinator(token, host=place.address[0], port=place.address[1])
         stack.callback(coordinator.close)
-        spooled = {n: s.spooled(n, i) for i, (n, s) in enumerate(frames.items())}
+        spooled = {
+            name: replaced(sources[name], frame.spooled(name, number))
+            for number, (name, frame) in enumerate(frames.items())
+        }
         generations = _Generations(
             function,
             {**sources, **spooled},
@@ -206,12 +225,11 @@ def _run(
             plan,
             resume_step,
             entry.head(coordinator.address, token, place.search_path),
+            {} if spools is None else {SPOOL: str(spools.folder)},
         )
         generations.rehearse()
         store.write("job.yaml", wanted.job_yaml.encode())
-        asked = Asked(
-            wanted.name, _absolute(store.url), workers, shards, wanted.device, frames, token
-        )
+        asked = Asked(wanted.name, url, workers, shards, wanted.device, frames, token)
         launcher = stack.enter_context(place.opened(asked, shown.line))
         membership = Membership(
             workers,
@@ -236,11 +254,15 @@ def _run(
             f"{wanted.name}  {_workers(workers)} {launcher.where}, {_words(settings.strategy)}"
             + ("" if resume_step is None else f", resumed after step {resume_step}")
         )
+        for name, source in sources.items():  # what was found while they were counted
+            supervisor.leave_out(name, bad_of(source).count, bad_of(source).line())
         try:
             supervisor.run()
         finally:
             supervisor.close()
         supervisor.write_result(resume_step)
+        if spools is not None:
+            spools.keep = isinstance(supervisor.error, Interrupted | Fault)
     if supervisor.error is not None:
         raise supervisor.error
     return Run(store.url, job)
@@ -261,27 +283,24 @@ class _Generations:
     plan: Plan | None
     resume_step: int | None
     head: dict[str, Any]
+    environment: dict[str, str]
 
     def rehearse(self) -> None:
         """What can be found wrong before anything starts is."""
         payload.pack(self.head, {"function": self.function, **self.sources})
 
-    def next(
-        self, reports: Mapping[int, Any], facts: Mapping[int, Mapping[str, Any]]
-    ) -> tuple[Payload, dict[str, str]]:
+    def next(self, facts: Mapping[int, Mapping[str, Any]]) -> tuple[Payload, dict[str, str]]:
         """The next generation's payload, and variables for its environment.
 
         Arguments:
-            reports: what each rank's agent has spooled.
-            facts: of its node.
+            facts: of each rank's node.
         """
-        manifests = self.manifests | self._spooled(reports)
         device, backend = self.place.devices(facts)
         if self.plan is None:
             threads = self.place.threads(self.wanted.shards)
-            self.plan = decide(self.wanted, self.settings, manifests, threads, device)
+            self.plan = decide(self.wanted, self.settings, self.manifests, threads, device)
         else:
-            check_unchanged(self.plan, manifests)
+            check_unchanged(self.plan, self.manifests)
             saved = latest(self.store)
             self.resume_step = None if saved is None else saved.step
             if saved is not None:
@@ -299,17 +318,8 @@ class _Generations:
             TIMEOUT_S,
             frozen_network(self.store),
         )
-        return payload.pack(self.head, assignment), self.place.environment(self.plan.threads)
-
-    def _spooled(self, reports: Mapping[int, Any]) -> dict[str, Manifest]:
-        """The manifests of the DataFrames, by what the agents say they have."""
-        found = {}
-        for name, source in self.sources.items():
-            if isinstance(source, SpooledSource):
-                everything: list[SpooledPartition] = [p for r in reports.values() for p in r]
-                mine = [part for part in everything if part["source"] == source.number]
-                found[name] = manifest_of(name, mine)
-        return found
+        environment = self.place.environment(self.plan.threads) | self.environment
+        return payload.pack(self.head, assignment), environment
 
 
 def _absolute(url: str) -> str:

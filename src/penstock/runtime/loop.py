@@ -22,19 +22,18 @@ from penstock.runtime.worker import Worker
 def train(job: Job, worker: Worker) -> None:
     """Trains as the Job says, on this worker."""
     loss_of = job.loss.make()
-    steps_per_epoch = worker.steps_per_epoch("train", job.batch_size * job.accumulate)
     network, _ = worker.prepare(
         job.network.target if job.network.made else job.network.make,
         job.optimizer.make,
         None if job.schedule is None else job.schedule.make,
-        1 if job.schedule_every == "step" else steps_per_epoch,
+        1 if job.schedule_every == "step" else "epoch",
     )
 
     def autocast() -> AbstractContextManager[Any]:
         enabled = job.precision == "bfloat16"
         return torch.autocast(worker.device.type, torch.bfloat16, enabled)
 
-    between = _Between(job, worker, steps_per_epoch, loss_of, autocast)
+    between = _Between(job, worker, loss_of, autocast)
     worker.after_step.append(between)
     between.tell("started")
     worker.stopped = worker.memory.get("stopped")  # a run that has stopped early has ended for good
@@ -112,12 +111,11 @@ class _Between:
         self,
         job: Job,
         worker: Worker,
-        steps_per_epoch: int,
         loss_of: Any,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._job, self._worker = job, worker
-        self._steps_per_epoch, self._loss_of, self._autocast = steps_per_epoch, loss_of, autocast
+        self._loss_of, self._autocast = loss_of, autocast
         self._callbacks = [callback.make() for callback in job.callbacks]
         self._began = time.monotonic()
         self.evaluated_at = -1
@@ -162,8 +160,13 @@ class _Between:
         return found
 
     def _due(self, every: Interval) -> bool:
-        count = every.count * (self._steps_per_epoch if every.unit == "epoch" else 1)
-        return self._worker.global_step % count == 0
+        done = self._worker.global_step
+        if every.unit == "epoch":
+            epochs = self._worker.epochs_done("train")
+            if epochs is None:
+                return False
+            done = epochs
+        return done % every.count == 0
 
     def _better(self, found: Evaluation) -> float | None:
         """The metric by which the best checkpoint is kept, so that higher is better."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from penstock.cluster.environment import (
 from penstock.cluster.launcher import Launcher
 from penstock.cluster.local import LocalLauncher, warm
 from penstock.cluster.session import facts_of, has_session, is_spark, session_of
-from penstock.errors import Fault, JobError, UserError, did_you_mean
+from penstock.errors import DataError, Fault, JobError, UserError, did_you_mean
 from penstock.exchange import tree
 from penstock.feed.dataframe import DataFrameSource
 from penstock.runtime.decisions import devices
@@ -208,13 +209,13 @@ class OnSpark:
             for worker, shards in enumerate(tree.assign(asked.shards, asked.workers))
             for _ in shards
         ]
-        inputs, first = [], 0
-        for number, (name, source) in enumerate(asked.frames.items()):
+        inputs, arrivals = [], []
+        for name, source in asked.frames.items():
             frame = source.frame_of(self._session)
             frame, count = _spread(frame, name, asked.shards, say)
-            task = "penstock.feed.packing:pack_task"
-            inputs.append(Input(frame, task, (number, range(first, first + count), owners)))
-            first += count
+            arrival = source.arrival(name, count, asked.shards, f"{asked.url}/quarantine")
+            arrivals.append(arrival)
+            inputs.append(Input(name, frame, arrival.numbers))
         code = pack_code()
         say(words(code, self._environment))
         launcher = SparkLauncher(
@@ -223,7 +224,9 @@ class OnSpark:
             self._facts,
             code,
             inputs,
-            "penstock.feed.packing:Unpacker",
+            "penstock.feed.intake:Intake",
+            pickle.dumps(arrivals),
+            owners,
             PRELOAD,
             f"penstock {asked.name}: {asked.url}",
         )
@@ -317,6 +320,11 @@ def _spread(frame: Any, name: str, shards: int, say: Say) -> tuple[Any, int]:
     Partitions are shared out whole.
     """
     count = partitions(frame)
+    if not count:
+        raise DataError(
+            f"{name}: Spark finds no partitions: the DataFrame is empty",
+            hint="does its query, or its filter, leave any rows?",
+        )
     if count >= shards:
         return frame, count
     number = f"{count} partition" + ("" if count == 1 else "s")
@@ -336,6 +344,6 @@ def partitions(frame: Any) -> int:
 def _one(batches: Any) -> Any:
     import pyarrow
 
-    for _ in batches:
-        pass
+    # Nothing is taken of the rows: there may be many, or no end of them. (Spark may compute the
+    # first of them nevertheless.)
     yield pyarrow.RecordBatch.from_arrays([pyarrow.array([1], pyarrow.int32())], ["one"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from penstock.exchange.group import Group
 from penstock.runtime.batches import Feed
 from penstock.runtime.evaluation import Classification, Evaluation, Regression
 from penstock.runtime.shards import preserved, seed
+from penstock.runtime.supply import Supply
 
 LOSS, EXAMPLES, HEAD = range(3)
 
@@ -50,14 +52,15 @@ def score(
             seed(feed.seed, 2, feed.own[i])  # a source or a network may draw random numbers
             found: Classification | Regression | None = None
             total, examples = 0.0, 0
-            for batch in feed.in_order(i, batch_size):
-                output = forward(batch.x)
-                if task is not None:
-                    found = found or accumulator(task, output, top_k)
-                    found.update(output, batch.y)
-                examples += batch.size
-                if loss is not None:
-                    total += loss(output, batch.y).item() * batch.size
+            with Supply(feed, partial(feed.in_order, i, batch_size)) as supply:
+                for batch in supply.batches():
+                    output = forward(batch.x)
+                    if task is not None:
+                        found = found or accumulator(task, output, top_k)
+                        found.update(output, batch.y)
+                    examples += batch.size
+                    if loss is not None:
+                        total += loss(output, batch.y).item() * batch.size
             state = None if found is None else found.state()
             rows.append((state, total, examples))
     network.train(mode)

@@ -59,15 +59,15 @@ class Supervisor:
         coordinator: to which its workers connect.
         membership: who is in it.
         admit: looks at the facts of an agent's node; an error of its ends the run.
-        prepare: given what each rank's agent reported and the facts of its node, what the workers
-            of the next generation run, and variables for their environment.
+        prepare: given the facts of each rank's node, what the workers of the next generation run,
+            and variables for their environment.
     """
 
     launcher: Launcher
     coordinator: Coordinator
     membership: Membership
     admit: Callable[[int, dict[str, Any]], None]
-    prepare: Callable[[dict[int, Any], dict[int, dict[str, Any]]], tuple[Payload, dict[str, str]]]
+    prepare: Callable[[dict[int, dict[str, Any]]], tuple[Payload, dict[str, str]]]
     store: Store
     workers: int
     shown: Display
@@ -78,13 +78,13 @@ class Supervisor:
     progress: dict[str, Any] = field(default_factory=dict)
     checkpointed: int | None = None
     first_step_s: float | None = None
+    bad_records: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._logs = Logs(self.store)
         self._verdict: Verdict | None = None
         self._ranks: dict[int, int] = {}  # by agent
         self._facts: dict[int, dict[str, Any]] = {}  # by agent
-        self._reports: dict[int, Any] = {}  # by agent
         self._agents: dict[int, int] = {}  # by rank: that of the generation
         self._hosts: dict[int, str] = {}  # by agent
         self._keys = Keys()
@@ -110,6 +110,12 @@ class Supervisor:
                 self._judge()
         if self.error is None and self._verdict is not None:
             self.error = self._of_verdict(self._verdict)
+
+    def leave_out(self, source: str, count: int, line: str) -> None:
+        """Some records of a source were bad, and are left out."""
+        if count:
+            self.bad_records[source] = self.bad_records.get(source, 0) + count
+            self.shown.line(f"{source}  {line}")
 
     def close(self) -> None:
         """Takes what workers have printed last, ends the display, writes the logs."""
@@ -138,6 +144,8 @@ class Supervisor:
             "seconds_to_first_step": self.first_step_s,
             "evaluation": self.evaluation,
             **{k: self.progress.get(k) for k in ("step", "epoch", "examples", "loss")},
+            "bad_records": self.bad_records,
+            "bounded_by": self.progress.get("bounded_by"),
         }
         with self._writing():
             self.store.write("result.json", json.dumps(result, indent=1).encode())
@@ -184,8 +192,7 @@ class Supervisor:
         self._keys, self._cause = Keys(), None
         try:
             payload, environment = self.prepare(
-                {rank: self._reports.get(agent) for rank, agent in self._agents.items()},
-                {rank: self._facts[agent] for rank, agent in self._agents.items()},
+                {rank: self._facts[agent] for rank, agent in self._agents.items()}
             )
         except PenstockError as error:
             self.error = error
@@ -209,7 +216,6 @@ class Supervisor:
                     return
                 self._handle(group.AgentJoined(event.agent, event.rank, event.attempt, event.host))
             case told.AgentReady():
-                self._reports[event.agent] = event.report
                 self._handle(group.AgentReady(event.agent))
             case told.AgentHeard():
                 self._handle(group.AgentHeard(event.agent))
@@ -315,6 +321,10 @@ class Supervisor:
                 if self.membership.generation == 1:
                     for n, line in enumerate(plan.show(self.workers).splitlines()):
                         self.shown.line(f"{'plan' if n == 0 else '    '}  {line}")
+            case "bad_records":
+                self.leave_out(message["source"], message["count"], message["line"])
+            case "planned":
+                self.store.write("plan.json", json.dumps(message["plan"], indent=1).encode())
             case "network":
                 self.store.write(NETWORK, json.dumps(message["network"], indent=1).encode())
             case "progress":

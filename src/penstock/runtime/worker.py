@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
@@ -27,7 +28,10 @@ from penstock.exchange.agreement import Clip, Outcome
 from penstock.exchange.averaging import AveragingAgreement
 from penstock.exchange.gradients import GradientAgreement
 from penstock.exchange.group import Group
+from penstock.exchange.reduction import Reduction
+from penstock.exchange.words import gather_words
 from penstock.feed import Source
+from penstock.feed.bad import bad_of
 from penstock.job import AllReduce, Averaging
 from penstock.plan import Plan
 from penstock.runtime import saving
@@ -44,9 +48,12 @@ from penstock.runtime.shards import (
     seed,
 )
 from penstock.runtime.store import Store
+from penstock.runtime.supply import Bounds, Delivery, Supply
 from penstock.watch.trace import Trace
 
 PROGRESS_EVERY_S = 0.1
+SHARES_EVERY_S = 2.0
+"""How often what each stage of the feed did with its time is written."""
 
 
 class Interrupt(BaseException):
@@ -103,6 +110,7 @@ class Worker:
             saved,
         )
         self._send, self._receive, self._trace = send, receive, trace
+        self._sources = sources
         self._feeds = {
             name: Feed(
                 name,
@@ -124,11 +132,12 @@ class Worker:
         self._in_step, self._between_steps = False, True
         self._save, self._agreed_save = False, False
         self._checkpointed_at = -1
-        self._schedule_every = 1
+        self._schedule_every: int | Literal["epoch"] = 1
         self._wish: str | None = None
         self.stopped: str | None = None
         """Why training ends before its last epoch, or None; equal on all workers."""
-        self._shown_at = 0.0
+        self._shown_at = self._noted_at = 0.0
+        self._bounds = Bounds()
         self._shown: dict[str, Any] = {"epochs": 0, "steps_per_epoch": 0}
 
     @property
@@ -156,7 +165,7 @@ class Worker:
         network: torch.nn.Module | Callable[[], torch.nn.Module],
         optimizer: Callable[..., torch.optim.Optimizer] | torch.optim.Optimizer,
         schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
-        schedule_every: int = 1,
+        schedule_every: int | Literal["epoch"] = 1,
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         """Readies a network for training; once in a run, on all workers.
 
@@ -165,7 +174,7 @@ class Worker:
                 workers begin with rank 0's parameters.
             optimizer: what makes it from parameters, or one of this network's parameters.
             schedule: what makes a torch learning-rate schedule from the optimizer.
-            schedule_every: optimizer steps from one step of the schedule to the next.
+            schedule_every: optimizer steps from one step of the schedule to the next, or "epoch".
 
         Returns:
             The network on this worker's device, and the optimizer; both in the checkpoint's state
@@ -233,13 +242,20 @@ class Worker:
             self._checkpoint(None)
         return module, made
 
-    def steps_per_epoch(self, name: str, examples_per_step: int) -> int:
+    def steps_per_epoch(self, name: str, examples_per_step: int) -> int | None:
         """Optimizer steps until every record of a source was seen once.
+
+        None in the first epoch on data that nobody has counted yet: a Spark DataFrame.
 
         Arguments:
             examples_per_step: of each shard.
         """
         return self._feed(name).steps_per_epoch(examples_per_step)
+
+    def epochs_done(self, name: str = "train") -> int | None:
+        """How many epochs of a source are done, if one has just ended; else None."""
+        cursor = self._progress.cursors.get(name)
+        return None if cursor is None or cursor.step else cursor.epoch
 
     def batches(
         self, name: str = "train", *, epochs: int, batch_size: int = 32, accumulate: int = 1
@@ -254,43 +270,43 @@ class Worker:
             batch_size: records per shard and batch.
             accumulate: batches per shard and optimizer step.
         """
-        prepared, feed = self._need_prepared(), self._feed(name)
-        agreement, own, per_step = prepared.agreement, self.shards, batch_size * accumulate
-        steps = feed.steps_per_epoch(per_step)
-        cursor, trace = self._cursor(name, batch_size, accumulate), self._trace
-        self._shown = {"source": name, "steps_per_epoch": steps, "epochs": epochs}
-        while cursor.epoch < epochs and self.stopped is None:
-            self._in_step, self._between_steps = True, False
-            if trace is not None:
-                trace.step(self._progress.step + 1)
-            if self._recorder is not None:
-                self._recorder.before_step(self._progress.step + 1, agreement.parameters_of(0))
-            reads = [feed.rows_of_step(i, cursor.step, per_step) for i in range(len(own))]
-            for i, positions in enumerate(reads):
-                self._enter(i)
-                agreement.activate(i)
-                for start in range(0, len(positions), batch_size):
-                    if trace is not None:
-                        trace.begin("feed")
-                    batch = feed.batch(i, cursor.epoch, positions[start : start + batch_size])
-                    self._out = _Out(batch, start + batch_size >= len(positions))
-                    if trace is not None:
-                        trace.then("forward")
-                    yield batch
-                    if trace is not None:
-                        trace.end()
-                    if self._out is not None and self._out.ends_shard:  # no step was made of it
-                        agreement.skip()
-                    self._out = None
-                if not positions:
-                    agreement.skip()
-            self._commit()
-            if trace is not None:
-                trace.end()
-            cursor.step += 1
-            if cursor.step == steps:
-                cursor.epoch, cursor.step = cursor.epoch + 1, 0
-            self._after_step()
+        feed = self._feed(name)
+        cursor = self._cursor(name, batch_size, accumulate)
+        self._shown = {"source": name, "epochs": epochs}
+        self._noted_at = time.perf_counter()
+        supply: Supply | None = None
+        counted = True
+        try:
+            while cursor.epoch < epochs and self.stopped is None:
+                if supply is None:
+                    supply = Supply(feed, partial(feed.requests, cursor, epochs))
+                    counted = feed.rows is not None
+                steps = feed.steps_per_epoch(batch_size * accumulate)
+                self._shown["steps_per_epoch"] = steps
+                self._begin_step()
+                yield from self._hand_out(supply)
+                self._commit()
+                cursor.step += 1
+                ended = cursor.step == steps if steps else not self._anywhere(supply.more)
+                if ended and not counted:  # by now all has been read
+                    self._note_shares(supply)
+                    supply.close()
+                    supply = None
+                    if feed.rows is None:
+                        self._settle(feed)
+                        self._shown["steps_per_epoch"] = feed.steps_per_epoch(
+                            batch_size * accumulate
+                        )
+                if ended:
+                    cursor.epoch, cursor.step = cursor.epoch + 1, 0
+                    self._end_epoch()
+                if supply and time.perf_counter() - self._noted_at > SHARES_EVERY_S:
+                    self._note_shares(supply)
+                self._after_step()
+        finally:
+            if supply is not None:
+                self._note_shares(supply)
+                supply.close()
 
     def step(self, loss: torch.Tensor) -> None:
         """Backward for the batch that is out, and with the step's last one exchange and update.
@@ -380,6 +396,8 @@ class Worker:
                 top_k=top_k,
                 batch_size=batch_size,
             )
+        if feed.rows is None:
+            self._settle(feed)
         self._progress.evaluated[name] = self.global_step
         if self._recorder is not None:
             if self._evaluated_before.get(name) != self.global_step:  # else it is in the events
@@ -412,6 +430,10 @@ class Worker:
                 f"the loop over worker.batches was left in the middle of step {self.global_step}",
                 hint="worker.stop(reason) instead of break: it ends the loop of all workers alike",
             )
+        for name, source in self._sources.items():
+            if (bad := bad_of(source)).count:
+                words = {"source": name, "count": bad.count, "line": bad.line()}
+                self._send({"event": "bad_records", **words})
         if self.stopped != "interrupted":
             self.conclude()
             self._checkpoint(None, again=True)
@@ -490,6 +512,63 @@ class Worker:
         prepared.buffers.activate(i)
         self._active = i
 
+    def _begin_step(self) -> None:
+        self._in_step, self._between_steps = True, False
+        if self._trace is not None:
+            self._trace.step(self._progress.step + 1)
+        if self._recorder is not None:
+            agreement = self._need_prepared().agreement
+            self._recorder.before_step(self._progress.step + 1, agreement.parameters_of(0))
+
+    def _hand_out(self, supply: Supply) -> Iterator[Batch]:
+        """The batches of one step, each with its shard's state in place."""
+        agreement, trace = self._need_prepared().agreement, self._trace
+        deliveries, entered = supply.step(), None
+        while True:
+            if trace is not None:
+                trace.begin("feed")
+            delivery: Delivery | None = next(deliveries, None)
+            if delivery is None:
+                if trace is not None:
+                    trace.end()
+                return
+            if delivery.i != entered:
+                entered = delivery.i
+                self._enter(entered)
+                agreement.activate(entered)
+            batch, made = delivery.take(), False
+            if trace is not None:
+                trace.end()
+            if batch is not None:
+                self._out = _Out(batch, delivery.ends_shard)
+                if trace is not None:
+                    trace.begin("forward")
+                yield batch
+                if trace is not None:
+                    trace.end()
+                made, self._out = self._out is None, None
+            if delivery.ends_shard and not made:
+                agreement.skip()
+
+    def _anywhere(self, mine: bool) -> bool:
+        """Whether it is so for some worker. Collective."""
+        votes = torch.tensor([int(mine)])
+        self._group.all_reduce(votes, Reduction("max"), sync=True).wait()
+        return bool(votes.item())
+
+    def _settle(self, feed: Feed) -> None:
+        """What nobody had counted before is read: all learn its manifest. Collective."""
+        parts = gather_words(self._group, feed.parts())
+        feed.settle([part for rank in parts for part in rank])
+        self.plan = replace(self.plan, manifests=self.plan.manifests | {feed.name: feed.manifest})
+        if self._recorder is not None:
+            self._send({"event": "planned", "plan": self.plan.to_dict()})
+
+    def _end_epoch(self) -> None:
+        schedule = self._need_prepared().schedule
+        if schedule is not None and self._schedule_every == "epoch":
+            schedule.step()
+
     def _commit(self) -> None:
         """Ends the step: exchange and update."""
         prepared, step = self._need_prepared(), self._progress.step + 1
@@ -504,7 +583,8 @@ class Worker:
         self._progress.step, self._in_step = step, False
         self._count(outcome)
         rates = [float(group["lr"]) for group in prepared.optimizer.param_groups]
-        if prepared.schedule is not None and step % self._schedule_every == 0:
+        every = self._schedule_every
+        if prepared.schedule is not None and every != "epoch" and step % every == 0:
             prepared.schedule.step()
         if outcome is not None:
             self._save, self._agreed_save = False, outcome.save
@@ -520,12 +600,7 @@ class Worker:
 
     def _agree_why(self) -> str:
         """The wish of the lowest rank that has one."""
-        text = (self._wish or "").encode()[:64]
-        mine = torch.zeros(64, dtype=torch.uint8)
-        mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-        everyone = torch.empty(self.world_size, 64, dtype=torch.uint8)
-        self._group.all_gather(everyone, mine).wait()
-        wishes = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everyone]
+        wishes: list[str | None] = gather_words(self._group, self._wish)
         if "interrupted" in wishes:
             return "interrupted"
         return next(wish for wish in wishes if wish)
@@ -545,6 +620,23 @@ class Worker:
             self._shown_at = now
             self._send_progress()
 
+    def _note_shares(self, supply: Supply) -> None:
+        """Writes what each stage of the feed has done with its time."""
+        if self._recorder is None:
+            return
+        now = time.perf_counter()
+        shares = supply.shares()
+        self._bounds.add(shares, now - self._noted_at)
+        self._noted_at = now
+        self._recorder.scalars(
+            self.global_step,
+            {
+                f"feed/{stage}/{what}": value
+                for stage, each in shares.items()
+                for what, value in asdict(each).items()
+            },
+        )
+
     def _send_progress(self) -> None:
         assert self._recorder is not None
         cursor = self._progress.cursors.get(self._shown.get("source", ""), Cursor(0, 0))
@@ -557,6 +649,7 @@ class Worker:
                 "loss": self.loss,
                 "examples": self.examples,
                 "examples_per_s": self._recorder.examples_per_s,
+                "bounded_by": self._bounds.worst,
                 **self._shown,
             }
         )

@@ -66,7 +66,7 @@ class PlainDisplay:
     def progress(self, event: dict[str, Any]) -> None:
         now = time.monotonic()
         if event["epoch"] > self._shown_epoch and self._last is not None:
-            ended = self._last | {"step_in_epoch": self._last["steps_per_epoch"]}
+            ended = self._last | {"step_in_epoch": event["steps_per_epoch"]}
             self._shown_epoch = event["epoch"]
             self._show(event if event["epoch"] >= event["epochs"] else ended)
         elif now - self._shown_at > LINE_EVERY_S:
@@ -121,21 +121,24 @@ class LiveDisplay:
         self._bar.stop()
 
 
-def position(event: dict[str, Any]) -> tuple[int, int]:
-    """Steps done in the epoch, and steps of an epoch."""
+def position(event: dict[str, Any]) -> tuple[int, int | None]:
+    """Steps done in the epoch, and steps of an epoch: None where nobody has counted them yet."""
     ended = event["epoch"] >= event["epochs"]
     return (event["steps_per_epoch"] if ended else event["step_in_epoch"]), event["steps_per_epoch"]
 
 
 def words(event: dict[str, Any]) -> str:
-    """`epoch 3/5  140/157`."""
+    """`epoch 3/5  140/157`, or `epoch 1/5  step 140`."""
     done, of = position(event)
-    return f"epoch {min(event['epoch'] + 1, event['epochs'])}/{event['epochs']}  {done}/{of}"
+    steps = f"step {done}" if of is None else f"{done}/{of}"
+    return f"epoch {min(event['epoch'] + 1, event['epochs'])}/{event['epochs']}  {steps}"
 
 
 def numbers(event: dict[str, Any]) -> str:
-    """`loss 0.0712  6,410 examples/s`."""
+    """`loss 0.0712  6,410 examples/s  bounded by compute`."""
     parts = [] if event["loss"] is None else [f"loss {event['loss']:.4f}"]
     if event["examples_per_s"] is not None:
         parts.append(f"{event['examples_per_s']:,.0f} examples/s")
+    if event.get("bounded_by"):
+        parts.append(f"bounded by {event['bounded_by'][0]}")
     return "  ".join(parts)

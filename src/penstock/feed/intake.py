@@ -1,0 +1,192 @@
+"""What an agent takes in: the rows of Spark's partitions as they come, a spool for each.
+
+    <folder>/read/<source>/<partition>    what this agent reads; see `shelf` for the rest
+
+Batches hold rows of any source: `source` and `partition` say whose they are, and the source's
+columns follow under names of the launcher's. Spark gives one partition after the other, so that
+where the next begins the one before is whole.
+
+Spark's n partitions are dealt out to S shards in blocks, shard s having those from floor(n s / S)
+on, and numbered such that partition p belongs to shard p mod S: the k-th of shard s is s + k S
+(`numbers`). Agents are given blocks as well (Spark's `coalesce`), so that where Spark looks at no
+places each reads what its own worker is to have.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from penstock.errors import DataError, PenstockError
+from penstock.feed.bad import BadRecords
+from penstock.feed.columns import Place, Selection
+from penstock.feed.converter import Converter
+from penstock.feed.segment import map_segment
+from penstock.feed.shelf import Shelf
+from penstock.feed.spool import SpoolWriter
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MEND = "in the DataFrame"
+
+
+def numbers(count: int, shards: int) -> tuple[int, ...]:
+    """Of each of Spark's partitions, its number in the run."""
+    found = []
+    for index in range(count):
+        shard = ((index + 1) * shards - 1) // count
+        found.append(shard + (index - count * shard // shards) * shards)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A source whose rows come.
+
+    Arguments:
+        name: of the source in the run, for messages.
+        selection: of its columns.
+        numbers: of each of Spark's partitions, its number in the run.
+        on_bad_record, quarantine: see `BadRecords`.
+    """
+
+    name: str
+    selection: Selection
+    numbers: tuple[int, ...]
+    on_bad_record: str = "error"
+    quarantine: str | None = None
+
+
+class Intake(Shelf):
+    """Takes in batches, and keeps them for this agent's worker and for others.
+
+    Arguments:
+        folder: of the agent.
+        arrivals: the sources, pickled.
+        columns: by source, what its columns are called in the batches, in the selection's order.
+        tell: called with what the directory is to know.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        arrivals: bytes,
+        columns: Sequence[Sequence[str]],
+        tell: Callable[[dict[str, Any]], None],
+    ) -> None:
+        super().__init__(Path(folder))
+        self._columns, self._tell = columns, tell
+        self._arrivals: list[Arrival] = pickle.loads(arrivals)
+        self._bad = [BadRecords(a.on_bad_record, a.quarantine) for a in self._arrivals]
+        self._converters = [
+            Converter(arrival.selection, Place(arrival.name, "", mend=MEND), bad)
+            for arrival, bad in zip(self._arrivals, self._bad, strict=True)
+        ]
+        self._partition: _Partition | None = None
+        for source, arrival in enumerate(self._arrivals):
+            self.open(source, arrival.numbers)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Takes rows in; those of a negative source are nobody's.
+
+        Raises:
+            DataError: a row of which no tensor can be made; the disk is full; or a partition that
+                was not there when they were counted.
+        """
+        sources, partitions = (
+            batch.column(name).to_numpy().astype(np.int64) for name in ("source", "partition")
+        )
+        changes = (np.diff(sources) != 0) | (np.diff(partitions) != 0)
+        edges = [0, *(np.flatnonzero(changes) + 1).tolist(), batch.num_rows]
+        for start, stop in pairwise(edges):
+            if start < stop and sources[start] >= 0:
+                rows = batch.slice(start, stop - start)
+                self._take(int(sources[start]), int(partitions[start]), rows)
+
+    def close(self) -> dict[str, Any]:
+        """All rows have come. Gives what was left out of them, by source."""
+        self._end()
+        return {
+            "bad": [
+                {"source": arrival.name, "count": bad.count, "line": bad.line()}
+                for arrival, bad in zip(self._arrivals, self._bad, strict=True)
+                if bad.count
+            ]
+        }
+
+    def fail(self, error: PenstockError) -> None:
+        """No more rows come, for this reason: whoever waits for the partition is told."""
+        if self._partition is not None:
+            self._partition.writer.fail(error)
+            self._partition = None
+
+    def abandon(self) -> None:
+        """No more rows come, and nobody waits for them."""
+        if self._partition is not None:
+            self._partition.writer.abandon()
+            self._partition = None
+
+    def _take(self, source: int, index: int, rows: pa.RecordBatch) -> None:
+        import pyarrow as pa
+
+        if self._partition is None or self._partition.key != (source, index):
+            self._end()
+            self._partition = self._begin(source, index)
+        arrival, partition = self._arrivals[source], self._partition
+        columns = [rows.column(name) for name in self._columns[source]]
+        batch = pa.RecordBatch.from_arrays(columns, arrival.selection.names)
+        partition.writer.write(self._converters[source].convert(batch))
+        self._sum_of_first(partition)
+
+    def _begin(self, source: int, index: int) -> _Partition:
+        arrival = self._arrivals[source]
+        where = f"{arrival.name}: partition {index}"
+        if index >= len(arrival.numbers):
+            raise DataError(
+                f"{where}: expected 0 to {len(arrival.numbers) - 1}: their number has changed "
+                "since they were counted",
+                hint="adaptive execution: spark.sql.adaptive.coalescePartitions.enabled=false, or "
+                "cache the DataFrame",
+            )
+        number = arrival.numbers[index]
+        self._converters[source].at(Place(where, "", mend=MEND))
+        writer = SpoolWriter(self.reading(source, number), where)
+        self._tell({"event": "reading", "source": source, "partition": number})
+        return _Partition((source, index), number, writer)
+
+    def _end(self) -> None:
+        """The partition that was being read is whole."""
+        if self._partition is None:
+            return
+        partition, self._partition = self._partition, None
+        end = partition.writer.close()
+        self._sum_of_first(partition)
+        self._tell_sum(partition, "rows", f"{end.rows} {end.checksum}")
+
+    def _sum_of_first(self, partition: _Partition) -> None:
+        """Tells of the first segment as soon as it is there."""
+        found = self.find(partition.key[0], partition.number, 0)
+        if not partition.told and found is not None and found[0] == "segment":
+            partition.told = True
+            self._tell_sum(partition, "first rows", map_segment(found[1]).words["checksum"])
+
+    def _tell_sum(self, partition: _Partition, of: str, value: str) -> None:
+        where = {"source": partition.key[0], "partition": partition.number}
+        self._tell({"event": "sum", **where, "of": of, "sum": value})
+
+
+@dataclass
+class _Partition:
+    """The one that is being read: source and Spark's number, its number in the run."""
+
+    key: tuple[int, int]
+    number: int
+    writer: SpoolWriter
+    told: bool = False
