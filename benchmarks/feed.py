@@ -48,6 +48,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import statistics
 import sys
@@ -71,6 +72,8 @@ from penstock.runtime.heap import keep_freed_memory
 WORKERS = 2  # on Spark, and processes of a DataLoader
 LATER = 16
 """Later epochs of a run, for one is over in a blink."""
+LEAST = 0.2
+"""Of the rows must come after the first batch was wanted, or their rate says nothing."""
 REPEATED = 8
 """How often the cached rows come in the DataFrame: starting the workers takes longer than reading
 them once."""
@@ -202,8 +205,9 @@ def fed(source: feed.Source, rows: int, kind: Kind, on: Any, workers: int, later
         "was over",
         file=sys.stderr,
     )
+    rate = come * rows / (max(first) - min(wanted))
     return {
-        "penstock, first epoch": come * rows / (max(first) - min(wanted)),
+        "penstock, first epoch": rate if come > LEAST else math.nan,
         "penstock, later epochs": later * rows / (max(end) - max(first)),
     }
 
@@ -542,10 +546,12 @@ def show(name: str, kind: Kind, found: dict[str, list[float]], aims: Sequence[An
     print(f"\n{name}: rows of {kind.row_bytes:,} bytes, {kind.batch} a batch")
     print(f"{'':30}{'records/s':>12}{'MB/s':>10}{'of gather':>11}   middle half, MB/s")
     for label, rates in found.items():
-        low, middle, high = np.quantile(np.array(rates) * kind.row_bytes / 1e6, [0.25, 0.5, 0.75])
+        low, middle, high = np.nanquantile(
+            np.array(rates) * kind.row_bytes / 1e6, [0.25, 0.5, 0.75]
+        )
         share = _ratio(found, label, "raw gather")
         print(
-            f"{label:30}{statistics.median(rates):12,.0f}{middle:10,.1f}{share:11.4f}"
+            f"{label:30}{np.nanmedian(rates):12,.0f}{middle:10,.1f}{share:11.4f}"
             f"   {low:,.1f} to {high:,.1f}"
         )
     for label, other, aim in aims:
@@ -556,7 +562,7 @@ def show(name: str, kind: Kind, found: dict[str, list[float]], aims: Sequence[An
 
 
 def _ratio(found: dict[str, list[float]], one: str, other: str) -> float:
-    return statistics.median(a / b for a, b in zip(found[one], found[other]))
+    return float(np.nanmedian([a / b for a, b in zip(found[one], found[other])]))
 
 
 OF_FILES = [("penstock, later epochs", "raw gather", 0.5)]

@@ -178,6 +178,7 @@ def test_a_bad_row_is_left_out(spark: Any, whole: Run, tmp_path: Path) -> None:
     kept = [path.read_text() for path in (tmp_path / "run" / "quarantine").iterdir()]
     assert len(kept) == 2
     assert all(f'"row": {FIRST}' in text for text in kept)
+    assert run.result["bad_records"] == {"train": 2}
 
 
 class Kills(Callback):

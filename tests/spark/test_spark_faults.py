@@ -33,8 +33,9 @@ STEPS = 44
 """22 per epoch: the largest partition has 170 rows, in batches of 8."""
 PROCESS, FORK_SERVER, AGENT, SPARK_DAEMON, EXECUTOR, NODE = range(6)
 """A training process, and from what it descends: the last is Spark's worker daemon."""
-RESUMED_S = 10.0
-"""From a kill until the rank trains again, a new executor's JVM included."""
+RESUMED_S = 20.0
+"""From a kill until the rank trains again, a new executor's JVM included; on a quiet machine 5 s
+do."""
 ENDED_S = 5.0
 """From the end of a driver, or what stops it, until nothing of its run is left."""
 

@@ -57,16 +57,12 @@ class Rows:
         yield self.x[rows], self.y[rows]
 
 
-class MoreRows(Rows):
-    """Of another source: spools go by the function's name."""
-
-
-def here(x: Any, y: Any, sizes: list[int], kind: type[Rows] = Rows) -> Any:
+def here(x: Any, y: Any, sizes: list[int]) -> Any:
     """A source of this machine whose records come in the order of a DataFrame's.
 
     There must be as many shards as partitions: then partition p is shard p's here and there.
     """
-    return feed.stream(kind(x, y, sizes), partitions=len(sizes))
+    return feed.stream(Rows(x, y, sizes), partitions=len(sizes))
 
 
 class Flat(nn.Module):
@@ -135,7 +131,7 @@ def test_lenet_on_a_dataframe_has_the_bits_of_a_local_run(
         feed.dataframe(frame(spark, tx, ty, [30, 0, 50, 20]), features="x", target="y"),
         strategy=strategy,
     )
-    test = here(tx, ty, [30, 0, 50, 20], MoreRows)
+    test = here(tx, ty, [30, 0, 50, 20])
     same = lenet(here(x, y, SIZES), test, strategy=strategy)
     on_spark = there.run(on=spark, run_dir=str(tmp_path / "spark"), progress=False)
     local = same.run(run_dir=str(tmp_path / "local"), progress=False)

@@ -33,10 +33,22 @@ class AgentJoined:
 
 @dataclass(frozen=True)
 class AgentReady:
-    """An agent has its rank's data; `report` says what, as the launcher's sink gave it."""
+    """An agent can start its rank's worker."""
 
     agent: int
-    report: Any = None
+
+
+@dataclass(frozen=True)
+class AgentRead:
+    """An agent has read all that it was given.
+
+    Arguments:
+        bad: of sources with bad records that were left out: the source, their number, and a line
+            for people.
+    """
+
+    agent: int
+    bad: tuple[tuple[str, int, str], ...]
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,9 @@ def how_ended(code: int | None, number: int | None) -> str:
 
 
 Event = WorkerStarted | WorkerOutput | WorkerExited
-AgentEvent = AgentJoined | AgentReady | AgentHeard | AgentFailed | AgentLost | ClusterFailed
+AgentEvent = (
+    AgentJoined | AgentReady | AgentRead | AgentHeard | AgentFailed | AgentLost | ClusterFailed
+)
 
 
 @dataclass(frozen=True)

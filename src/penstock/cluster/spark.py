@@ -45,6 +45,7 @@ from penstock.cluster.launcher import (
     AgentHeard,
     AgentJoined,
     AgentLost,
+    AgentRead,
     AgentReady,
     ClusterFailed,
     Event,
@@ -418,6 +419,9 @@ def _events(peer: Peer, message: Message | None) -> list[AgentEvent | OfWorker]:
     match message["event"]:
         case "heard":
             return [AgentHeard(agent)]
+        case "read":
+            bad = tuple((each["source"], each["count"], each["line"]) for each in message["bad"])
+            return [AgentRead(agent, bad)]
         case "failed":
             return [AgentFailed(agent, message["kind"], message["message"], message["hint"])]
         case "worker":

@@ -15,12 +15,13 @@ import functools
 import hashlib
 import json
 import os
+import queue
 import shutil
 import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from penstock.feed.spooled import SpoolRecords
 
 SPOOL = "PENSTOCK_SPOOL"
 """The environment variable that names the folder of a worker's spools."""
+AHEAD = 2
+"""So many batches are read while one is written."""
+_LOOK_S = 0.1
 _STOP_S = 5.0
 """So long a thread has to notice that nobody wants its spool any more; it looks batch by batch."""
 
@@ -162,17 +166,59 @@ def _fill(
     stop: threading.Event,
 ) -> None:
     try:
-        with closing(read()) as batches:
+        with closing(_ahead(read, stop)) as batches:
             for values in batches:
-                if stop.is_set():
-                    return writer.abandon()
                 writer.write(values)
+        if stop.is_set():
+            return writer.abandon()
         writer.close()
     except PenstockError as error:
         writer.fail(error)
     except BaseException as error:
         name = type(error).__name__
         writer.fail(DataError(f"{where}: cannot be read: {name}: {error}"))
+
+
+def _ahead(
+    read: Callable[[], Generator[Values, None, None]], stop: threading.Event
+) -> Generator[Values, None, None]:
+    """What `read` gives, read by another thread while what came before is written."""
+    ahead: queue.Queue[Values | BaseException | None] = queue.Queue(AHEAD)
+    over = threading.Event()
+
+    def put(what: Values | BaseException | None) -> bool:
+        while not (over.is_set() or stop.is_set()):
+            with suppress(queue.Full):
+                ahead.put(what, timeout=_LOOK_S)
+                return True
+        return False
+
+    def run() -> None:
+        try:
+            with closing(read()) as batches:
+                for values in batches:
+                    if not put(values):
+                        return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=run, name="penstock-read", daemon=True)
+    thread.start()
+    try:
+        while not stop.is_set():
+            try:
+                found = ahead.get(timeout=_LOOK_S)
+            except queue.Empty:
+                continue
+            if found is None:
+                return
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+    finally:
+        over.set()
+        thread.join(_STOP_S)
 
 
 def _end(thread: threading.Thread, stop: threading.Event) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import secrets
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def stream(function: Callable[[int], Iterable[tuple[Any, Any]]], *, partitions: 
     They are read once, by a thread of the worker that trains on them, and kept in a spool: training
     begins with the first of them, and later epochs read the spool. How many there are is known
     after the first epoch. A worker that is started anew reads its partitions from the beginning,
-    so a function must give the same records again.
+    so a function must give the same records again. It may use the memory of its arrays anew.
 
     Arguments:
         function: called with the number of a partition; gives pairs (features, target) of arrays
@@ -53,6 +54,8 @@ class StreamSource:
 
     function: Callable[[int], Iterable[tuple[Any, Any]]]
     partitions: int
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Its own: functions of one name may give other rows."""
 
     def manifest(self) -> Manifest:
         return Manifest((), whole=True, open=True)
@@ -69,7 +72,7 @@ class StreamSource:
         @functools.cache
         def spool(n: int) -> Filling:
             where = f"stream: partition {numbers[n]}"
-            key = key_of("stream", self._name, numbers[n])
+            key = key_of("stream", self.token, numbers[n])
             return filling(key, where, None, functools.partial(self._read, numbers[n], where))
 
         def folder(n: int) -> Path | None:
@@ -115,7 +118,7 @@ class StreamSource:
                     "(features, target)",
                     hint="both are arrays whose first dim is the record",
                 )
-            x, y = (np.ascontiguousarray(half) for half in pair)
+            x, y = (np.array(half, order="C") for half in pair)  # a copy: it is written later
             if not x.ndim or not y.ndim or len(x) != len(y):
                 raise DataError(
                     f"{where}: pair {number} of {self._name} has features {x.shape} and target "

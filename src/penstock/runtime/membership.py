@@ -232,6 +232,10 @@ WORKING = ("starting", "running", "ending")
 TRANSITIONS: Mapping[tuple[type, Condition], Condition] = {
     (AgentReady, "joined"): "ready",
     (AgentFailed, "joined"): "failed",
+    (AgentFailed, "ready"): "failed",
+    (AgentFailed, "starting"): "failed",
+    (AgentFailed, "running"): "failed",
+    (AgentFailed, "ending"): "failed",
     (WorkerStarted, "starting"): "running",
     (WorkerFinished, "starting"): "finished",
     (WorkerFinished, "running"): "finished",

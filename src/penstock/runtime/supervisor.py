@@ -78,7 +78,6 @@ class Supervisor:
     progress: dict[str, Any] = field(default_factory=dict)
     checkpointed: int | None = None
     first_step_s: float | None = None
-    bad_records: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._logs = Logs(self.store)
@@ -94,6 +93,7 @@ class Supervisor:
         self._ending: set[int] = set()  # agents whose worker was told to end
         self._consequences: dict[int, dict[str, Any]] = {}  # by rank: it lost its peers
         self._held: dict[int, float] = {}  # by rank: until when its cause may come
+        self._left_out: dict[str, dict[str, int]] = {}  # by source, by who has told of it
         self._interrupts, self._asked = 0, False
         self._asked_at = 0.0
 
@@ -111,11 +111,16 @@ class Supervisor:
         if self.error is None and self._verdict is not None:
             self.error = self._of_verdict(self._verdict)
 
-    def leave_out(self, source: str, count: int, line: str) -> None:
-        """Some records of a source were bad, and are left out."""
+    def leave_out(self, source: str, count: int, line: str, who: str = "the driver") -> None:
+        """Some records of a source were bad, and are left out.
+
+        Arguments:
+            who: has found them: a rank that begins anew finds them again.
+        """
         if count:
-            self.bad_records[source] = self.bad_records.get(source, 0) + count
-            self.shown.line(f"{source}  {line}")
+            if who not in self._left_out.setdefault(source, {}):
+                self.shown.line(f"{source}  {line}")
+            self._left_out[source][who] = count
 
     def close(self) -> None:
         """Takes what workers have printed last, ends the display, writes the logs."""
@@ -144,7 +149,7 @@ class Supervisor:
             "seconds_to_first_step": self.first_step_s,
             "evaluation": self.evaluation,
             **{k: self.progress.get(k) for k in ("step", "epoch", "examples", "loss")},
-            "bad_records": self.bad_records,
+            "bad_records": {name: sum(of.values()) for name, of in self._left_out.items()},
             "bounded_by": self.progress.get("bounded_by"),
         }
         with self._writing():
@@ -217,6 +222,10 @@ class Supervisor:
                 self._handle(group.AgentJoined(event.agent, event.rank, event.attempt, event.host))
             case told.AgentReady():
                 self._handle(group.AgentReady(event.agent))
+            case told.AgentRead():
+                who = f"the agent of rank {self._ranks.get(event.agent)}"
+                for source, count, line in event.bad:
+                    self.leave_out(source, count, line, who)
             case told.AgentHeard():
                 self._handle(group.AgentHeard(event.agent))
             case told.AgentLost():
@@ -225,7 +234,7 @@ class Supervisor:
                     self._cause = self._cause or self._lost_agent(rank, event.cause)
                 self._handle(group.AgentLost(event.agent, event.cause))
             case told.AgentFailed():
-                self._cause = self._cause or self._of_agent(event)
+                self._cause = self._of_agent(event)  # a loss may only follow from it
                 self._handle(group.AgentFailed(event.agent, event.kind, event.message))
             case told.ClusterFailed() if self._verdict is None:
                 before = f"; before it, {_first_line(self._cause)}" if self._cause else ""
@@ -322,7 +331,8 @@ class Supervisor:
                     for n, line in enumerate(plan.show(self.workers).splitlines()):
                         self.shown.line(f"{'plan' if n == 0 else '    '}  {line}")
             case "bad_records":
-                self.leave_out(message["source"], message["count"], message["line"])
+                who = f"rank {rank}"
+                self.leave_out(message["source"], message["count"], message["line"], who)
             case "planned":
                 self.store.write("plan.json", json.dumps(message["plan"], indent=1).encode())
             case "network":
