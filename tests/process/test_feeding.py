@@ -99,6 +99,13 @@ class Slow(Callback):
         time.sleep(0.03)
 
 
+class Early(Callback):
+    """Stops after the first step."""
+
+    def stepped(self, worker: Any) -> None:
+        worker.stop("enough")
+
+
 def job(train: feed.Source, **changes: Any) -> Job:
     values: dict[str, Any] = {
         "network": network(),
@@ -257,6 +264,17 @@ def torn(x: torch.Tensor, y: torch.Tensor) -> tuple[Any, Any]:
     raise ZeroDivisionError("on purpose")
 
 
+def stuck(x: torch.Tensor, y: torch.Tensor) -> tuple[Any, Any]:
+    global calls
+    calls += 1
+    if calls > 3:
+        time.sleep(7)  # more than a pipeline that is closed waits
+    return x, y
+
+
+calls = 0
+
+
 def shorter(x: torch.Tensor, y: torch.Tensor) -> tuple[Any, Any]:
     return x[1:], y
 
@@ -279,6 +297,12 @@ def test_what_a_stage_raises_ends_the_run_with_its_own_stack(
         job(feed.map(source, torn), runs=runs).run(workers=2)
     with pytest.raises(DataError, match="shorter gave x of 7 rows for a batch of 8"):
         job(feed.map(source, shorter), runs=runs).run(workers=1)
+
+
+def test_a_stage_that_hangs_does_not_undo_how_a_run_has_ended(runs: str) -> None:
+    run = job(feed.map(streamed(), stuck), shards=1, runs=runs, callbacks=[Early()]).run()
+    assert run.result["status"] == "stopped"
+    assert run.result["stopped"] == "enough"
 
 
 def test_events_say_what_bounded_the_run(source: feed.Source, runs: str) -> None:
@@ -327,6 +351,33 @@ def test_spools_go_with_the_run_and_stay_for_one_that_is_resumed(tmp_path: Path,
     assert not spools()
     undisturbed = job(source, runs=runs).run(workers=1)
     assert_same_bits(parameters_of(undisturbed), parameters_of(resumed))
+
+
+def test_fewer_records_than_shards(tmp_path: Path, runs: str) -> None:
+    few = table(tmp_path / "table")
+    row = {"x": pa.array([[0.0] * WIDTH], pa.list_(pa.float32())), "y": [1]}
+    pq.write_table(pa.table(row), tmp_path / "one.parquet")
+    one = feed.parquet(tmp_path / "one.parquet", features="x", target="y")
+    for workers in (2, 4):
+        run = job(few, test=one, runs=runs, epochs=1).run(workers=workers)
+        assert run.evaluation is not None
+        assert run.evaluation.examples == 1
+
+
+def test_data_that_has_changed_is_noticed_in_an_evaluation_too(runs: str, tmp_path: Path) -> None:
+    class Stop(Callback):
+        def stepped(self, worker: Any) -> None:
+            if worker.global_step == 25 and worker.rank == 0:
+                worker.stop("interrupted")
+
+    folder = str(tmp_path / "stopped")
+    test = feed.stream(fewer, partitions=len(SIZES))
+    values: dict[str, Any] = {"evaluate": {"every": "20 steps"}, "runs": runs}
+    with pytest.raises(Interrupted):
+        job(streamed(), test=test, callbacks=[Stop()], **values).run(workers=2, run_dir=folder)
+    other = feed.stream(partial(counted), partitions=len(SIZES))
+    with pytest.raises(DataError, match="test has changed since the run began"):
+        job(streamed(), test=other, **values).run(workers=2, resume=folder)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

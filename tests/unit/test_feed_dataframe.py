@@ -16,6 +16,7 @@ import torch
 
 from penstock import feed
 from penstock.errors import DataError, JobError
+from penstock.feed.bad import bad_of
 from penstock.feed.columns import Selection
 from penstock.feed.dataframe import (
     SPOOL,
@@ -543,3 +544,10 @@ def test_a_job_file_says_it() -> None:
 def test_what_is_no_frame_is_refused(given: Any) -> None:
     with pytest.raises(DataError, match=r"dataframe: received .*: expected a Spark DataFrame"):
         feed.dataframe(given, features="x", target="y")
+
+
+def test_where_bad_records_go_is_known_to_workers() -> None:
+    source = feed.dataframe("t", features="x", target="y", on_bad_record="quarantine")
+    bad_of(source).folder = "memory://run/quarantine"
+    assert isinstance(source, DataFrameSource)
+    assert source.spooled("train", 0).bad.folder == "memory://run/quarantine"

@@ -325,3 +325,47 @@ def test_one_thread_takes_while_another_looks(tmp_path: Path) -> None:
         thread.join(SOON_S)
     assert not failed
     check(records, rng.permutation(count))
+
+
+@pytest.mark.parametrize("rows_each", [64, 1], ids=["segment by segment", "without any segment"])
+def test_the_deadline_is_for_rows_that_do_not_come_not_for_many_that_do(
+    tmp_path: Path, rows_each: int
+) -> None:
+    writer = SpoolWriter(tmp_path / "0", WHERE)
+
+    def write() -> None:
+        for number in range(12):
+            time.sleep(0.2)
+            writer.write(rows_of(number * rows_each, rows_each))
+        writer.close()
+
+    records = SpoolRecords(folders(tmp_path, 1), WHERE)
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        records.wait(12 * rows_each, 1.5)  # they take 2.4 s
+    finally:
+        thread.join(SOON_S)
+    assert len(records) == 12 * rows_each
+
+
+def test_a_file_that_is_touched_keeps_the_deadline_away(tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    records = SpoolRecords(folders(tmp_path, 1), WHERE, alive=alive)
+    over = threading.Event()
+
+    def touch() -> None:
+        for _ in range(10):
+            alive.touch()
+            time.sleep(0.2)
+        over.set()
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        records.wait(1, 1.0, over.is_set)
+    finally:
+        thread.join(SOON_S)
+    assert over.is_set(), "the deadline came first"
+    with pytest.raises(DataError, match=r"no more in 0\.2 s"):
+        records.wait(1, 0.2)

@@ -78,6 +78,10 @@ class Sink(Protocol):
         """No more come, and nobody asks for them."""
         ...
 
+    def touch(self) -> None:
+        """Lets the worker see that this agent is at work."""
+        ...
+
     def find(self, source: int, partition: int, number: int) -> tuple[str, Path] | None:
         """See `ferry.Find`."""
         ...
@@ -218,6 +222,8 @@ class _Agent:
             while not self._over.wait(HEARD_EVERY_S):
                 try:
                     self._channel.send({"event": "heard"})
+                    if self._sink is not None:
+                        self._sink.touch()
                 except OSError:
                     self._over.set()
 

@@ -24,7 +24,7 @@ from penstock.feed.decode import stages_of
 from penstock.feed.intake import MEND, Arrival, numbers
 from penstock.feed.manifest import Manifest, Part, Piece, partition_of
 from penstock.feed.segment import fields_in_words
-from penstock.feed.shelf import partitions_of
+from penstock.feed.shelf import ALIVE, partitions_of
 from penstock.feed.source import Records, Source, Stage
 from penstock.feed.spooled import SpoolRecords
 
@@ -81,7 +81,7 @@ class DataFrameSource:
 
     def __init__(self, frame: Any, selection: Selection, on_bad_record: str = "error") -> None:
         self._frame, self._selection = frame, selection
-        self._bad = BadRecords(on_bad_record)
+        self.bad = BadRecords(on_bad_record)
 
     def manifest(self) -> Manifest:
         raise self._needs_spark()
@@ -93,8 +93,8 @@ class DataFrameSource:
         if not isinstance(self._frame, str):
             return None
         values = {"frame": self._frame, **self._selection.describe()}
-        if not self._bad.stops:
-            values["on_bad_record"] = self._bad.on_bad_record
+        if not self.bad.stops:
+            values["on_bad_record"] = self.bad.on_bad_record
         return {"dataframe": values}
 
     def frame_of(self, session: Any) -> Any:
@@ -139,7 +139,7 @@ class DataFrameSource:
             number: of the source among those that agents take in.
         """
         selection = self._selection
-        return SpooledSource(name, number, selection.features, selection.target, self._bad)
+        return SpooledSource(name, number, selection.features, selection.target, self.bad)
 
     def arrival(self, name: str, partitions: int, shards: int, quarantine: str) -> Arrival:
         """The same records for agents.
@@ -150,14 +150,14 @@ class DataFrameSource:
             shards: of the run.
             quarantine: the folder of bad records.
         """
-        on_bad_record = self._bad.on_bad_record
+        on_bad_record = self.bad.on_bad_record
         dealt = numbers(partitions, shards)
         return Arrival(name, self._selection, dealt, on_bad_record, quarantine)
 
     def __getstate__(self) -> dict[str, Any]:
         """A Job takes its sources along to the workers, but a DataFrame stays with its session."""
         named = self._frame if isinstance(self._frame, str) else self._label
-        return {"_frame": named, "_selection": self._selection, "_bad": self._bad}
+        return {"_frame": named, "_selection": self._selection, "bad": self.bad}
 
     @property
     def _label(self) -> str:
@@ -217,7 +217,7 @@ class SpooledSource:
         def spool(n: int) -> Path | None:
             return folder / str(mine[n]) if n < len(mine) else None
 
-        return SpoolRecords(spool, self.name, grace_s=LOST_S)
+        return SpoolRecords(spool, self.name, grace_s=LOST_S, alive=folder.parent / ALIVE)
 
     def parts(self, shard: int, shards: int, records: SpoolRecords) -> list[Part]:
         """What the shard's partitions held. As many for each shard: empty ones fill it up."""

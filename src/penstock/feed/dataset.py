@@ -64,6 +64,8 @@ class DatasetSource:
 class DatasetRecords:
     """The records of a map-style dataset with these ids: (records,) int64."""
 
+    draws = True
+
     def __init__(self, records: Any, ids: NDArray[np.int64]) -> None:
         self._records, self._ids = records, ids
 

@@ -73,7 +73,8 @@ def filled(
         DataError: the disk has less room than that. What goes wrong in `read` is raised by whoever
             waits for the records.
     """
-    return FilledRecords(filling(key, where, rows, read, need_bytes), where, empty)
+    found = filling(key, where, rows, read, need_bytes) if rows else None
+    return FilledRecords(found, where, empty)
 
 
 def filling(
@@ -97,10 +98,14 @@ def filling(
 
 
 class FilledRecords(SpoolRecords):
-    """The rows of one spool, which are known by dtype and shape before there are any."""
+    """The rows of one spool, which are known by dtype and shape before there are any.
 
-    def __init__(self, filling: Filling, where: str, empty: Values) -> None:
-        super().__init__(filling.folder_of, where)
+    Arguments:
+        filling: None where there are none: several shards of that kind would share a key.
+    """
+
+    def __init__(self, filling: Filling | None, where: str, empty: Values) -> None:
+        super().__init__((lambda number: None) if filling is None else filling.folder_of, where)
         self._empty = empty
 
     def take(self, rows: NDArray[np.int64]) -> tuple[Any, Any]:

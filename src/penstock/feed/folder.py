@@ -128,6 +128,11 @@ class SpoolFolder:
         self._put(END, end.to_json())
         self.release()
 
+    def touch(self) -> None:
+        """Lets readers see that rows come, though no segment may be whole for long."""
+        if self._lock is not None:
+            os.utime(self._lock.fileno())
+
     def fail(self, error: PenstockError) -> None:
         """Tells readers why this spool has no end, and releases the folder."""
         if self._lock is None:

@@ -12,6 +12,7 @@ does, and its lock is held meanwhile, so that the worker cannot tell one from th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -24,6 +25,8 @@ from penstock.feed.segment import WRITING, reserve
 from penstock.feed.spool import END, FAILED, LARGER_DISK, SpoolFolder, SpoolWriter, segment_name
 
 PARTITIONS = "partitions.json"
+ALIVE = "alive"
+"""In the folder of a worker's spools: touched as long as there is an agent that is heard of."""
 NONCE = "nonce"
 
 
@@ -46,6 +49,11 @@ class Shelf:
         folder = self._folder / "spool" / str(source)
         folder.mkdir(parents=True)
         (folder / PARTITIONS).write_text(json.dumps(sorted(numbers)))
+
+    def touch(self) -> None:
+        """Lets the worker see that this agent is at work."""
+        with contextlib.suppress(OSError):  # it has no sources, or the agent is leaving
+            (self._folder / "spool" / ALIVE).touch()
 
     def reading(self, source: int, partition: int) -> Path:
         """Where this agent writes what it reads."""

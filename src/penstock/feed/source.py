@@ -52,7 +52,11 @@ class Stage:
 
 
 class Records(Protocol):
-    """The rows of some pieces of a source, numbered from 0 in the order of the pieces."""
+    """The rows of some pieces of a source, numbered from 0 in the order of the pieces.
+
+    Those whose `take` may draw from global random generators have `draws`, which is true: they are
+    taken by the thread that trains, while it has their shard's random state.
+    """
 
     def __len__(self) -> int: ...
 

@@ -126,6 +126,7 @@ class SpoolWriter:
         if not rows:
             return
         with self._telling():
+            self._folder.touch()
             self._check(values)
             start = 0
             while start < rows:

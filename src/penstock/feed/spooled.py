@@ -11,6 +11,7 @@ torch is imported inside the functions that use it, for agents on Spark have non
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import DataError
+from penstock.feed.folder import LOCK
 from penstock.feed.gather import Blocks, runs_at
 from penstock.feed.segment import Field, MappedSegment, Ragged, fields_in_words
 from penstock.feed.spool import Spool, SpoolEnd
@@ -49,12 +51,20 @@ class SpoolRecords:
         where: names the data, for messages.
         grace_s: how long the spool of a writer that has died may stay until another takes its
             place; then it is an error.
+        alive: a file that is touched as long as someone reads for us, wherever it has come to.
     """
 
     def __init__(
-        self, folder: Callable[[int], Path | None], where: str, *, grace_s: float = 0.0
+        self,
+        folder: Callable[[int], Path | None],
+        where: str,
+        *,
+        grace_s: float = 0.0,
+        alive: Path | None = None,
     ) -> None:
         self._folder, self._where, self._grace_s = folder, where, grace_s
+        self._alive = alive
+        self._seen: list[int | None] = []  # when it, and the last spool's lock, were touched
         self._looking = threading.Lock()
         self._spools: list[Spool] = []
         self._counted = 0  # segments of the last spool that are in the arrays below
@@ -86,6 +96,7 @@ class SpoolRecords:
         """Returns when so many rows have come, or all.
 
         Arguments:
+            timeout_s: how long nothing may come.
             over: whether nobody wants them any more; returns then, too.
 
         Raises:
@@ -93,9 +104,11 @@ class SpoolRecords:
                 another kind); a spool is damaged; or the time is over.
         """
         now = time.monotonic()
-        give_up, pause_s, lived = now + timeout_s, FIRST_PAUSE_S, now
-        while len(self) < rows and not self._whole and not over():
+        give_up, pause_s, lived, seen = now + timeout_s, FIRST_PAUSE_S, now, -1
+        while (there := len(self)) < rows and not self._whole and not over():
             now = time.monotonic()
+            if there != seen or self._grows():
+                seen, give_up = there, now + timeout_s
             if not self._spools or self._spools[-1].lives():
                 lived = now
             elif now >= lived + self._grace_s:
@@ -134,6 +147,18 @@ class SpoolRecords:
         # `_first` before `_takes`, which may know of more blocks by then, but not of other ones.
         block = self._first.searchsorted(rows, "right")
         return self._takes["x"](rows, block), self._takes["y"](rows, block)
+
+    def _grows(self) -> bool:
+        """Whether its writer, or whoever reads for it, has been seen at work since the last look.
+
+        Segments come late where rows are small and slow.
+        """
+        seen = []
+        for path in (self._spools[-1].folder / LOCK if self._spools else None, self._alive):
+            with contextlib.suppress(OSError):
+                seen.append(None if path is None else path.stat().st_mtime_ns)
+        changed, self._seen = seen != self._seen, seen
+        return changed
 
     def _late(self, rows: int, timeout_s: float) -> DataError:
         last = "no spool is known yet"

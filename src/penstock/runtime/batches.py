@@ -117,6 +117,7 @@ class Feed:
         self._shards, self._timeout_s = shards, timeout_s
         self._opened: dict[int, tuple[Records, NDArray[np.int64] | None]] = {}
         self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
+        self._checked: set[int] = set()  # own shards whose rows are all there, as they should be
         self._know(manifest)
 
     def _know(self, manifest: Manifest) -> None:
@@ -180,6 +181,7 @@ class Feed:
             if positions:
                 yield Request(i, None, positions)
             start += batch_size
+        self._reach(i, None, over)  # there may be more than there should be
 
     def read(self, request: Request, over: Over) -> Rows | None:
         """The records of a request, before any stage; None where there are none."""
@@ -233,6 +235,9 @@ class Feed:
         records, _ = self._open(i)
         if isinstance(records, SpoolRecords):
             records.wait(sys.maxsize if rows is None else rows, self._timeout_s, over)
+            if self.rows is not None and records.whole and i not in self._checked:
+                self._check_unchanged(i, records)
+                self._checked.add(i)
         return len(records)
 
     def _rows(self, request: Request, over: Over) -> NDArray[np.int64]:
@@ -249,7 +254,6 @@ class Feed:
         if self._orders.get(i, (-1,))[0] != request.epoch:
             if isinstance(records, SpoolRecords):
                 self._reach(i, None, over)
-                self._check_unchanged(i, records)
             order = epoch_order(self.seed, request.epoch, shard, len(records))
             self._orders[i] = (request.epoch, order)
         return self._orders[i][1][positions.start : positions.stop]

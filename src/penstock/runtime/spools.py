@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,15 +35,29 @@ class RunSpools:
         url: the run's directory.
 
     Raises:
-        RunError: another process runs it now.
+        RunError: another process runs it now, or there can be no such folder.
     """
 
     def __init__(self, url: str) -> None:
         root = Path(os.environ.get(SPOOL) or tempfile.gettempdir()) / f"penstock-{os.getuid()}"
         digest = hashlib.sha256(url.encode()).hexdigest()[:12]
         self.folder = root / f"{Path(url).name}-{digest}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / LOCK, "wb")  # noqa: SIM115
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = root.lstat()
+            if (
+                found.st_uid != os.getuid()
+                or not stat.S_ISDIR(found.st_mode)
+                or found.st_mode & 0o022
+            ):
+                raise PermissionError(f"{root} is not a folder of this user alone")
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            self._lock = open(self.folder / LOCK, "wb")  # noqa: SIM115
+        except OSError as error:
+            raise RunError(
+                f"no folder for spools: {error}",
+                hint=f"{SPOOL} names another place for them, on a disk of this machine",
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -9,6 +9,7 @@ gathered when training takes them, which costs less than handing them over.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,11 +19,16 @@ from typing import Any, Protocol
 
 import torch
 
+from penstock.errors import Fault
 from penstock.feed import Rows, Stage
 from penstock.feed.source import Tensors
 from penstock.runtime.actor import Shares
-from penstock.runtime.batches import TIMEOUT_S, Batch, Feed, Over, Request
+from penstock.runtime.batches import Batch, Feed, Over, Request
 from penstock.runtime.pipeline import COMPUTE, READ, Pipeline, PipelineStage
+
+LONGEST_S = 2 * 3600.0
+"""Of one item in a pipeline. Where rows are long in coming, who waits for them says so before."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,13 @@ class Delivery:
         take: gives the batch; None where the shard has nothing (more) in this step. To be called
             while the process has the shard's random state, from which a source may draw.
         ends_shard: whether it is the shard's last of the step.
+        ends_step: whether it is the last of all own shards.
     """
 
     i: int
     take: Callable[[], Batch | None]
-    ends_shard: bool = True
+    ends_shard: bool
+    ends_step: bool
 
 
 class Supply:
@@ -55,7 +63,7 @@ class Supply:
         self._flow: _Flow
         if feed.overlaps:
             items = (self._read(request) for request in requests(self._over))
-            self._flow = Pipeline(items, stages, name=feed.name, timeout_s=2 * TIMEOUT_S)
+            self._flow = Pipeline(items, stages, name=feed.name, timeout_s=LONGEST_S)
             self._made: Callable[[_Item], _Item] = lambda item: item
         else:
             self._flow = inline = _Inline(requests(self._over), self._read, stages)
@@ -64,14 +72,15 @@ class Supply:
     def step(self) -> Iterator[Delivery]:
         """What the own shards get in the next step, shard after shard; each gets something."""
         if not self.more:
-            yield from (Delivery(i, lambda: None) for i in range(len(self._feed.own)))
+            num = len(self._feed.own)
+            yield from (Delivery(i, lambda: None, True, i == num - 1) for i in range(num))
             return
         ends = False
         while not ends:
             item = next(self._flow)
             request, ends = item.request, item.request.ends_step
             self.more = request.more
-            yield Delivery(request.i, partial(self._batch, item), request.ends_shard)
+            yield Delivery(request.i, partial(self._batch, item), request.ends_shard, ends)
 
     def batches(self) -> Iterator[Batch]:
         """All batches, whatever the steps."""
@@ -84,9 +93,12 @@ class Supply:
         return self._flow.shares()
 
     def close(self) -> None:
-        """Ends what reads ahead."""
+        """Ends what reads ahead. A stage that hangs does not undo how training has ended."""
         self._closed = True
-        self._flow.close()
+        try:
+            self._flow.close()
+        except Fault as stuck:
+            logger.warning("%s", stuck)
 
     def __enter__(self) -> Supply:
         return self

@@ -48,7 +48,7 @@ from penstock.runtime.shards import (
     seed,
 )
 from penstock.runtime.store import Store
-from penstock.runtime.supply import Bounds, Delivery, Supply
+from penstock.runtime.supply import Bounds, Supply
 from penstock.watch.trace import Trace
 
 PROGRESS_EVERY_S = 0.1
@@ -523,15 +523,12 @@ class Worker:
     def _hand_out(self, supply: Supply) -> Iterator[Batch]:
         """The batches of one step, each with its shard's state in place."""
         agreement, trace = self._need_prepared().agreement, self._trace
-        deliveries, entered = supply.step(), None
-        while True:
+        deliveries, entered, ends = supply.step(), None, False
+        while not ends:
             if trace is not None:
                 trace.begin("feed")
-            delivery: Delivery | None = next(deliveries, None)
-            if delivery is None:
-                if trace is not None:
-                    trace.end()
-                return
+            delivery = next(deliveries)
+            ends = delivery.ends_step
             if delivery.i != entered:
                 entered = delivery.i
                 self._enter(entered)
