@@ -76,6 +76,21 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     }
 
 
+def test_a_spool_of_other_pictures_of_the_same_size_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PENSTOCK_SPOOL", str(tmp_path / "spools"))
+    folder = tmp_path / "photos" / "cat"
+    folder.mkdir(parents=True)
+    (folder / "a.bmp").write_bytes(encoded((1, 2, 3), form="bmp"))
+    source: Any = feed.images(folder.parent, height=6, width=6)
+    assert batch(source).x[0, :, 0, 0].tolist() == [1, 2, 3]
+    (folder / "a.bmp").write_bytes(encoded((4, 5, 6), form="bmp"))
+    again: Any = feed.images(folder.parent, height=6, width=6)
+    assert batch(again).x[0, :, 0, 0].tolist() == [4, 5, 6]
+    assert again.manifest() == source.manifest()
+
+
 def test_shards_share_the_images(tmp_path: Path) -> None:
     source: Any = feed.images(pictures(tmp_path), height=2, width=2)
     manifest = source.manifest()

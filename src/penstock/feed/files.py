@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
@@ -45,8 +45,13 @@ class File:
     @classmethod
     def of(cls, fs: Any, path: str) -> File:
         info = fs.info(path)
-        stamp = next((info[key] for key in ("ETag", "etag", "mtime", "created") if key in info), "")
-        return cls(path, int(info["size"] or 0), str(stamp))
+        return cls(path, int(info["size"] or 0), stamp_of(info))
+
+
+def stamp_of(info: Mapping[str, Any]) -> str:
+    """What its file system tells of a file that changes with it; empty where that is nothing."""
+    keys = ("ETag", "etag", "mtime", "created")
+    return str(next((info[key] for key in keys if key in info), ""))
 
 
 def find(url: str, suffixes: Sequence[str]) -> list[File]:

@@ -15,7 +15,7 @@ from penstock.errors import DataError
 from penstock.feed.bad import BadRecords
 from penstock.feed.columns import Image
 from penstock.feed.decode import stages_of
-from penstock.feed.files import contents, locate
+from penstock.feed.files import contents, locate, stamp_of
 from penstock.feed.filling import filled, key_of
 from penstock.feed.manifest import Manifest, Partition, Piece
 from penstock.feed.segment import Ragged
@@ -69,12 +69,14 @@ class _Listing:
         paths: of the files, from `url`, in the order of the records.
         bytes: of all files.
         digest: of the paths and the files' sizes.
+        stamps: of when the files were changed last, which differs from one copy to the next.
     """
 
     classes: tuple[str, ...]
     paths: tuple[str, ...]
     bytes: int
     digest: str
+    stamps: str
 
 
 @dataclass
@@ -104,7 +106,7 @@ class ImageSource:
 
     def open(self, pieces: Sequence[Piece]) -> SpoolRecords:
         listing = self._listing = self._listing or self._list()
-        key = key_of("images", self.url, listing.digest, [*map(asdict, pieces)])
+        key = key_of("images", self.url, listing.digest, listing.stamps, [*map(asdict, pieces)])
         rows = sum(piece.rows for piece in pieces)
         # Of these files nobody knows the size: as large as the others, by and large.
         need_bytes = listing.bytes * rows // len(listing.paths)
@@ -142,7 +144,9 @@ class ImageSource:
         classes = sorted({path.partition("/")[0] for path in sizes})
         paths = sorted(sizes, key=lambda path: sha256(path.encode()).digest())
         digest = sha256("\n".join(f"{path} {sizes[path]}" for path in paths).encode()).hexdigest()
-        return _Listing(tuple(classes), tuple(paths), sum(sizes.values()), digest[:16])
+        changed = "\n".join(f"{path} {stamp_of(info)}" for path, info in sorted(found.items()))
+        stamps = sha256(changed.encode()).hexdigest()
+        return _Listing(tuple(classes), tuple(paths), sum(sizes.values()), digest[:16], stamps)
 
     def _read(self, pieces: Sequence[Piece]) -> Generator[Values, None, None]:
         listing = self._listing
