@@ -6,13 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench format java hosts clean
+.PHONY: demo test torture check bench format java hosts clean
 
 demo: $(VENV)/.installed
 	$(BIN)/penstock demo
 
 test: java hosts check
 	$(BIN)/python -m pytest
+
+torture: java hosts $(VENV)/.tests-installed
+	$(BIN)/python -m pytest -m torture
 
 check: $(VENV)/.tests-installed
 	$(BIN)/ruff format --check

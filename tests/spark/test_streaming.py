@@ -132,6 +132,7 @@ def test_it_trains_while_rows_are_computed(spark: Any, whole: Run, tmp_path: Pat
     assert_same_bits(weights(run), weights(whole))
 
 
+@pytest.mark.torture
 def test_one_worker_has_the_same_bits(spark: Any, whole: Run, tmp_path: Path) -> None:
     asked = on_spark(coming(spark), workers=1)
     run = asked.run(on=spark, run_dir=str(tmp_path / "run"), progress=False)
@@ -151,6 +152,7 @@ def test_it_trains_on_what_never_ends_until_it_is_stopped(spark: Any, tmp_path: 
     assert time.monotonic() - began < 40
 
 
+@pytest.mark.torture
 def test_connect_trains_while_rows_are_computed(connect: Any, whole: Run, tmp_path: Path) -> None:
     run = on_spark(coming(connect, pause_s=8)).run(
         on=connect, run_dir=str(tmp_path / "run"), progress=False
@@ -195,7 +197,13 @@ class Kills(Callback):
             time.sleep(60)
 
 
-@pytest.mark.parametrize("what", [PROCESS, AGENT], ids=["a worker", "an agent"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(PROCESS, id="a worker", marks=pytest.mark.torture),
+        pytest.param(AGENT, id="an agent"),
+    ],
+)
 def test_what_dies_while_rows_are_computed(
     spark: Any, whole: Run, tmp_path: Path, what: int, capfd: Any
 ) -> None:
