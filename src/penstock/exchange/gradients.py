@@ -11,6 +11,7 @@ makes them (from the last layer to the first).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -90,6 +91,7 @@ class GradientAgreement:
         self._bucket_of = self._find_buckets()
         self._missing = [0] * len(self._buckets)
         self._sent, self._armed = 0, False
+        self._checks_ahead = device.type == "cpu"  # a GPU would have to be waited for
         self._i, self._examples, self._loss = 0, 0, 0.0
         for number, parameter in enumerate(self._parameters):
             parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
@@ -174,10 +176,27 @@ class GradientAgreement:
             if self._armed:
                 self._missing[bucket] -= 1
                 if self._missing[bucket] == 0 and bucket == self._sent:
-                    # The last bucket waits for the check: without it, nobody commits the step.
-                    self._send(min(self._ready(), len(self._buckets) - 1))
+                    self._send_ahead()
 
         return arrived
+
+    def _send_ahead(self) -> None:
+        """Sends the buckets that are ready, while backward goes on.
+
+        The last one waits for the check of the loss: without it, nobody commits the step. Nor does
+        what is not finite leave: sums come back in place, and would seem to be everyone's fault.
+        """
+        until = min(self._ready(), len(self._buckets) - 1)
+        while self._sent < until:
+            if self._checks_ahead and not math.isfinite(self._mine(self._sent).sum().item()):
+                self._armed = False
+                return
+            self._send(self._sent + 1)
+
+    def _mine(self, bucket: int) -> torch.Tensor:
+        """The active shard's gradients in a bucket."""
+        _, s, _, start, stop = self._buckets[bucket]
+        return s.rows[s.row_index(self._i)][start:stop]
 
     def _ready(self) -> int:
         """How many buckets, in order, have all their gradients."""
@@ -197,7 +216,10 @@ class GradientAgreement:
             row = self._sums[0].row_index(self._i)
             agreement.check_finite(
                 self._loss,
-                [s.rows[row] for s in self._sums],
+                [
+                    self._mine(bucket)
+                    for bucket in range(self._sent if self._checks_ahead else 0, len(self._buckets))
+                ],
                 dict(zip(self._names, self._views[row], strict=True)),
                 self._where(self._i),
             )
