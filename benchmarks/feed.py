@@ -56,7 +56,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -297,31 +297,12 @@ def _same(batch: Any) -> Any:
 # Spark.
 
 
-@contextmanager
-def session(folder: str) -> Iterator[Any]:
-    """A session on a cluster of its own on this machine."""
-    os.environ["PYSPARK_PYTHON"] = sys.executable
-    from pyspark.sql import SparkSession
+def session(folder: str) -> Any:
+    """A session on a cluster of its own on this machine, while in its context."""
+    import spark  # type: ignore[import-not-found]
 
-    from spark import Cluster  # type: ignore[import-not-found]
-
-    cluster = Cluster(folder)
-    try:
-        spark = (
-            SparkSession.builder.master(f"spark://127.0.0.1:{cluster.port}")
-            .config("spark.ui.enabled", "false")
-            .config("spark.ui.showConsoleProgress", "false")
-            .config("spark.driver.host", "127.0.0.1")
-            .config("spark.executor.memory", "1g")
-            .config("spark.sql.parquet.columnarReaderBatchSize", "64")  # of lists of 150,000
-            .config("spark.scheduler.minRegisteredResourcesRatio", "1.0")
-            .config("spark.log.level", "ERROR")
-            .getOrCreate()
-        )
-        yield spark
-        spark.stop()
-    finally:
-        cluster.close()
+    progress, rows = "spark.ui.showConsoleProgress", "spark.sql.parquet.columnarReaderBatchSize"
+    return spark.session(folder, {progress: "false", rows: "64"})  # rows: lists of 150,000
 
 
 def passed(batches: Iterable[Any]) -> Iterator[Any]:

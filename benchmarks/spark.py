@@ -25,13 +25,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from penstock import AllReduce, Averaging, Job, feed, zoo
+
+CONF = {
+    "spark.ui.enabled": "false",
+    "spark.driver.host": "127.0.0.1",
+    "spark.executor.memory": "1g",
+    "spark.scheduler.minRegisteredResourcesRatio": "1.0",
+    "spark.log.level": "ERROR",
+}
 
 BATCH, WORKERS = 32, 2
 OPTIMIZER = functools.partial(torch.optim.Adagrad, lr=0.01, weight_decay=5e-4)
@@ -152,54 +161,56 @@ def torchdistributor(spark: Any, data: str | None, steps: int) -> list[float]:
     return [first - called, (steps - 1) * BATCH * WORKERS / (last - first)]
 
 
+@contextmanager
+def session(folder: str, conf: Mapping[str, str] | None = None) -> Iterator[Any]:
+    """A session on a cluster of its own on this machine."""
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    from pyspark.sql import SparkSession
+
+    cluster = Cluster(folder)
+    try:
+        builder = SparkSession.builder.master(f"spark://127.0.0.1:{cluster.port}")
+        for key, value in (CONF | dict(conf or {})).items():
+            builder = builder.config(key, value)
+        spark = builder.getOrCreate()
+        yield spark
+        spark.stop()
+    finally:
+        cluster.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", help="folder of MNIST's four idx files")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
-    os.environ["PYSPARK_PYTHON"] = sys.executable
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # for the peers' processes
     from lenet import arrays
-    from pyspark.sql import SparkSession
 
-    with tempfile.TemporaryDirectory() as folder:
-        cluster = Cluster(folder)
-        try:
-            spark = (
-                SparkSession.builder.master(f"spark://127.0.0.1:{cluster.port}")
-                .config("spark.ui.enabled", "false")
-                .config("spark.driver.host", "127.0.0.1")
-                .config("spark.executor.memory", "1g")
-                .config("spark.scheduler.minRegisteredResourcesRatio", "1.0")
-                .config("spark.log.level", "ERROR")
-                .getOrCreate()
-            )
-            import pyarrow as pa
+    with tempfile.TemporaryDirectory() as folder, session(folder) as spark:
+        import pyarrow as pa
 
-            x, y = arrays(options.data)
-            images = pa.FixedSizeListArray.from_arrays(pa.array(x.numpy().reshape(-1)), 784)
-            table = pa.table({"x": images.cast(pa.list_(pa.float32())), "y": y.numpy()})
-            import pyarrow.parquet as pq
+        x, y = arrays(options.data)
+        images = pa.FixedSizeListArray.from_arrays(pa.array(x.numpy().reshape(-1)), 784)
+        table = pa.table({"x": images.cast(pa.list_(pa.float32())), "y": y.numpy()})
+        import pyarrow.parquet as pq
 
-            pq.write_table(table, f"{folder}/mnist.parquet", row_group_size=len(y) // 4)
-            frame = spark.read.parquet(f"{folder}/mnist.parquet").repartition(WORKERS).cache()
-            frame.count()
-            loops: dict[str, Callable[[], list[float]]] = {
-                "torchdistributor": lambda: torchdistributor(spark, options.data, options.steps),
-                "penstock, averaging": lambda: penstock(
-                    spark, frame, Averaging(every=5), options.steps
-                ),
-                "penstock, all-reduce": lambda: penstock(spark, frame, AllReduce(), options.steps),
-            }
-            found: dict[str, list[list[float]]] = {name: [] for name in loops}
-            for _ in range(options.rounds):
-                for name, run in loops.items():
-                    found[name].append(run())
-                    print(name, found[name][-1], file=sys.stderr, flush=True)
-            spark.stop()
-        finally:
-            cluster.close()
+        pq.write_table(table, f"{folder}/mnist.parquet", row_group_size=len(y) // 4)
+        frame = spark.read.parquet(f"{folder}/mnist.parquet").repartition(WORKERS).cache()
+        frame.count()
+        loops: dict[str, Callable[[], list[float]]] = {
+            "torchdistributor": lambda: torchdistributor(spark, options.data, options.steps),
+            "penstock, averaging": lambda: penstock(
+                spark, frame, Averaging(every=5), options.steps
+            ),
+            "penstock, all-reduce": lambda: penstock(spark, frame, AllReduce(), options.steps),
+        }
+        found: dict[str, list[list[float]]] = {name: [] for name in loops}
+        for _ in range(options.rounds):
+            for name, run in loops.items():
+                found[name].append(run())
+                print(name, found[name][-1], file=sys.stderr, flush=True)
     print(f"{os.cpu_count()} cores; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}")
     print(f"{'':24}{'first step':>12}{'examples/s':>12}")
     for name, rounds in found.items():

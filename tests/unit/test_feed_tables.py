@@ -16,23 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_feed_parquet import everything, opened
 
 from penstock import feed
 from penstock.errors import DataError
 from penstock.feed import lines
-
-
-def opened(source: feed.Source, pieces: Sequence[feed.Piece]) -> Any:
-    """Records that have all come."""
-    records: Any = source.open(pieces)
-    records.wait(2**62, 30.0)
-    return records
-
-
-def everything(source: feed.Source) -> tuple[Any, Any]:
-    records = opened(source, source.manifest().share(0, 1))
-    x, y = records.take(np.arange(len(records)))
-    return x, y
 
 
 def csv_file(path: Path, ids: Sequence[int]) -> None:

@@ -30,6 +30,7 @@ from typing import Any
 
 from penstock.errors import DataError, did_you_mean
 from penstock.feed.files import locate
+from penstock.feed.mapped import origin
 
 ON_BAD_RECORD = ("error", "skip", "quarantine")
 QUARANTINE = "PENSTOCK_QUARANTINE"
@@ -184,9 +185,7 @@ class BadRecords:
 
 def bad_of(source: Any) -> BadRecords:
     """What a source has left out; of one that leaves out nothing, an empty account."""
-    while hasattr(source, "source"):  # it is mapped
-        source = source.source
-    found = getattr(source, "bad", None)
+    found = getattr(origin(source), "bad", None)
     return found if isinstance(found, BadRecords) else BadRecords()
 
 

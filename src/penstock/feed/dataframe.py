@@ -21,9 +21,9 @@ from penstock.errors import DataError, JobError
 from penstock.feed.bad import BadRecords
 from penstock.feed.columns import Features, Image, Place, Selection, unsuitable
 from penstock.feed.decode import stages_of
+from penstock.feed.filling import SPOOL
 from penstock.feed.intake import MEND, Arrival, numbers
 from penstock.feed.manifest import Manifest, Part, Piece, partition_of
-from penstock.feed.segment import fields_in_words
 from penstock.feed.shelf import ALIVE, partitions_of
 from penstock.feed.source import Records, Source, Stage
 from penstock.feed.spooled import SpoolRecords
@@ -31,8 +31,6 @@ from penstock.feed.spooled import SpoolRecords
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SPOOL = "PENSTOCK_SPOOL"
-"""The environment variable that names the folder of a worker's spools."""
 LOST_S = 30.0
 """How long the driver may take to end a worker whose data was lost with another agent."""
 
@@ -221,15 +219,7 @@ class SpooledSource:
 
     def parts(self, shard: int, shards: int, records: SpoolRecords) -> list[Part]:
         """What the shard's partitions held. As many for each shard: empty ones fill it up."""
-        found = [
-            Part(
-                partition=number,
-                rows=end.rows,
-                checksum=end.checksum,
-                layout=fields_in_words(end.fields),
-            )
-            for number, end in zip(self._numbers(shard, shards), records.ends(), strict=True)
-        ]
+        found = records.parts(self._numbers(shard, shards))
         most = -(-len(partitions_of(self._folder)) // shards)
         for number in range(shard + len(found) * shards, most * shards, shards):
             found.append(Part(partition=number, rows=0, checksum="0" * 8, layout=""))

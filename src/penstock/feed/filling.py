@@ -10,7 +10,6 @@ it grows.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -31,7 +30,7 @@ from numpy.typing import NDArray
 from penstock.errors import DataError, PenstockError
 from penstock.feed.converter import Values
 from penstock.feed.segment import Ragged
-from penstock.feed.spool import LOCK, SpoolEnd, SpoolWriter
+from penstock.feed.spool import SpoolEnd, SpoolWriter, writer_lives
 from penstock.feed.spooled import SpoolRecords
 
 SPOOL = "PENSTOCK_SPOOL"
@@ -133,7 +132,7 @@ class Filling:
     ) -> None:
         self.folder = folder
         self._thread: threading.Thread | None = None
-        if rows is not None and (self._closed_rows() == rows or _is_locked(folder)):
+        if rows is not None and (self._closed_rows() == rows or writer_lives(folder)):
             return
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +153,7 @@ class Filling:
         """Whether the spool is whole, or someone is filling it."""
         if self._thread is not None and self._thread.is_alive():
             return True
-        return self._closed_rows() is not None or _is_locked(self.folder)
+        return self._closed_rows() is not None or writer_lives(self.folder) is True
 
     def _closed_rows(self) -> int | None:
         try:
@@ -230,18 +229,6 @@ def _end(thread: threading.Thread, stop: threading.Event) -> None:
     stop.set()
     if thread is not threading.current_thread():
         thread.join(_STOP_S)
-
-
-def _is_locked(folder: Path) -> bool:
-    """Whether a process is writing there."""
-    try:
-        with open(folder / LOCK, "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def _root() -> Path:

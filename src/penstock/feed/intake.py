@@ -27,7 +27,6 @@ from penstock.errors import DataError, PenstockError
 from penstock.feed.bad import BadRecords
 from penstock.feed.columns import Place, Selection
 from penstock.feed.converter import Converter
-from penstock.feed.segment import map_segment
 from penstock.feed.shelf import Shelf
 from penstock.feed.spool import SpoolWriter
 
@@ -172,10 +171,9 @@ class Intake(Shelf):
 
     def _sum_of_first(self, partition: _Partition) -> None:
         """Tells of the first segment as soon as it is there."""
-        found = self.find(partition.key[0], partition.number, 0)
-        if not partition.told and found is not None and found[0] == "segment":
+        if partition.writer.segments and not partition.told:
             partition.told = True
-            self._tell_sum(partition, "first rows", map_segment(found[1]).words["checksum"])
+            self._tell_sum(partition, "first rows", partition.writer.segments[0].checksum)
 
     def _tell_sum(self, partition: _Partition, of: str, value: str) -> None:
         where = {"source": partition.key[0], "partition": partition.number}

@@ -84,9 +84,9 @@ class Shelf:
 
         What is there as a copy stays.
         """
-        path = self._of_worker(source, partition)
-        if path.is_dir() and not path.is_symlink():
+        if self.copying(source, partition):
             return
+        path = self._of_worker(source, partition)
         fresh = path.with_name(f".{partition}{WRITING}")
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(Path(folder) / "read" / str(source) / str(partition))

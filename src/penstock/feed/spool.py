@@ -106,7 +106,8 @@ class SpoolWriter:
         self._fields: dict[str, Field] = {}
         self._sums: dict[str, list[int]] = {}
         self._rows = self._window_rows = self._batch_rows = 0
-        self._segments: list[Segment] = []
+        self.segments: list[Segment] = []
+        """Those that are sealed."""
         self._segment: SegmentWriter | None = None
         self._small: dict[str, list[bytearray]] = {}
         self._small_rows = self._small_bytes = 0
@@ -147,7 +148,7 @@ class SpoolWriter:
             if self._rows % (self._window_rows or 1):
                 self._seal()
             checksum = _checksum(self._rows, self._fields, self._sums)
-            fields, segments = self._fields, tuple(self._segments)
+            fields, segments = self._fields, tuple(self.segments)
             end = SpoolEnd(self._rows, checksum, fields, self._window_rows, segments)
             self._folder.end(end)
         return end
@@ -207,18 +208,18 @@ class SpoolWriter:
 
     def _put(self, rows: int, parts: Mapping[str, list[NDArray[np.uint8]]]) -> None:
         if self._segment is None:
-            path = self._folder.path / segment_name(len(self._segments))
+            path = self._folder.path / segment_name(len(self.segments))
             self._segment = SegmentWriter(path, self._fields, self._window_rows)
         self._segment.write(rows, parts)
 
     def _seal(self) -> None:
         self._flush()
         assert self._segment is not None
-        after = self._segments[-1].checksum if self._segments else ""
+        after = self.segments[-1].checksum if self.segments else ""
         checksum = _checksum(self._rows, self._fields, self._sums)
         rows = self._segment.rows
         size = self._segment.seal(after=after, rows=self._rows, checksum=checksum)
-        self._segments.append(Segment(segment_name(len(self._segments)), rows, size, checksum))
+        self.segments.append(Segment(segment_name(len(self.segments)), rows, size, checksum))
         self._segment = None
 
     def _discard(self) -> None:
@@ -236,7 +237,7 @@ class SpoolWriter:
             what = f"cannot write row {self._rows}: {os_error}"
             if self._need_bytes is not None:
                 what += f" ({self._need_bytes:,} bytes are needed in all)"
-            written = sum(segment.bytes for segment in self._segments)
+            written = sum(segment.bytes for segment in self.segments)
             free = shutil.disk_usage(self._folder.path).free
             error = self._full(f"{what}; {written:,} bytes are written, {free:,} are free")
             self.fail(error)

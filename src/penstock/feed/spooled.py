@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from penstock.errors import DataError
 from penstock.feed.folder import LOCK
 from penstock.feed.gather import Blocks, runs_at
+from penstock.feed.manifest import Part
 from penstock.feed.segment import Field, MappedSegment, Ragged, fields_in_words
 from penstock.feed.spool import Spool, SpoolEnd
 
@@ -137,6 +138,18 @@ class SpoolRecords:
         except IndexError:
             asked = f"rows {rows.min()} to {rows.max()}"
             raise IndexError(f"{self._where}: {asked}: {len(self)} have come") from None
+
+    def parts(self, numbers: Sequence[int]) -> list[Part]:
+        """What the partitions of these numbers held, a spool for each; once all rows have come."""
+        return [
+            Part(
+                partition=number,
+                rows=end.rows,
+                checksum=end.checksum,
+                layout=fields_in_words(end.fields),
+            )
+            for number, end in zip(numbers, self.ends(), strict=True)
+        ]
 
     def ends(self) -> list[SpoolEnd]:
         """What each spool holds; once all rows have come."""

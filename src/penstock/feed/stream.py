@@ -16,7 +16,6 @@ from penstock.errors import DataError
 from penstock.feed.converter import Values
 from penstock.feed.filling import Filling, filling, key_of
 from penstock.feed.manifest import Manifest, Part, Piece
-from penstock.feed.segment import fields_in_words
 from penstock.feed.source import Records, Source
 from penstock.feed.spooled import SpoolRecords
 
@@ -81,15 +80,7 @@ class StreamSource:
         return SpoolRecords(folder, "stream")
 
     def parts(self, shard: int, shards: int, records: SpoolRecords) -> list[Part]:
-        return [
-            Part(
-                partition=number,
-                rows=end.rows,
-                checksum=end.checksum,
-                layout=fields_in_words(end.fields),
-            )
-            for number, end in zip(self._numbers(shard, shards), records.ends(), strict=True)
-        ]
+        return records.parts(self._numbers(shard, shards))
 
     @property
     def _name(self) -> str:

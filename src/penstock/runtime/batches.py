@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from penstock.errors import DataError
 from penstock.feed import Manifest, Records, Rows, Source, Stage, Stream
+from penstock.feed.arrays import record_ids
+from penstock.feed.bad import bad_of
 from penstock.feed.dataframe import manifest_of
 from penstock.feed.manifest import Part, partition_of
 from penstock.feed.mapped import origin
@@ -114,6 +116,7 @@ class Feed:
         self.name, self.own, self.seed, self.device = name, own, seed, device
         self.stages: tuple[Stage, ...] = tuple(getattr(source, "stages", ()))
         self._source = origin(source)
+        self.bad = bad_of(source)
         self._shards, self._timeout_s = shards, timeout_s
         self._opened: dict[int, tuple[Records, NDArray[np.int64] | None]] = {}
         self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
@@ -252,8 +255,7 @@ class Feed:
             self._reach(i, positions.stop, over)
             return windowed(self.seed, 0, shard, records.windows, positions.start, positions.stop)
         if self._orders.get(i, (-1,))[0] != request.epoch:
-            if isinstance(records, SpoolRecords):
-                self._reach(i, None, over)
+            self._reach(i, None, over)
             order = epoch_order(self.seed, request.epoch, shard, len(records))
             self._orders[i] = (request.epoch, order)
         return self._orders[i][1][positions.start : positions.stop]
@@ -267,10 +269,9 @@ class Feed:
             assert self.rows is not None
             pieces = self.manifest.share(shard, self._shards)
             records = self._source.open(pieces)
-            ids = [np.arange(p.first_id, p.first_id + p.rows, dtype=np.int64) for p in pieces]
             if not isinstance(records, SpoolRecords):
                 self._check_rows(shard, len(records))
-            self._opened[i] = records, np.concatenate(ids) if ids else np.empty(0, np.int64)
+            self._opened[i] = records, record_ids(pieces)
         return self._opened[i]
 
     def _check_unchanged(self, i: int, records: SpoolRecords) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -58,7 +59,7 @@ def check(job: Job) -> list[str]:
                 job.seed,
                 torch.device("cpu"),
             )
-            with Supply(feed, partial(feed.in_order, 0, job.batch_size)) as supply:
+            with closing(Supply(feed, partial(feed.in_order, 0, job.batch_size))) as supply:
                 batch = next(supply.batches())
             loss = loop.loss_of_batch(network, loss_of, batch, f"{name}, shard {shard}")
             lines.append(

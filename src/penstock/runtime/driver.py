@@ -17,6 +17,7 @@ from penstock.exchange.agreement import Clip
 from penstock.feed import Manifest, Source
 from penstock.feed.bad import bad_of
 from penstock.feed.dataframe import DataFrameSource
+from penstock.feed.filling import SPOOL
 from penstock.feed.mapped import origin, replaced
 from penstock.job import AllReduce, Averaging, Job
 from penstock.plan import Plan
@@ -34,7 +35,7 @@ from penstock.runtime.entry import Assignment
 from penstock.runtime.membership import Membership
 from penstock.runtime.place import Asked, Here, OnSpark, at
 from penstock.runtime.run import Run
-from penstock.runtime.spools import SPOOL, RunSpools
+from penstock.runtime.spools import RunSpools
 from penstock.runtime.store import Store
 from penstock.runtime.supervisor import Payload, Supervisor
 from penstock.runtime.worker import Settings, Worker

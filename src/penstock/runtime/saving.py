@@ -6,7 +6,6 @@ A run resumed on another number of workers reads the files of the shards it carr
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from penstock.errors import RunError
 from penstock.exchange.averaging import AveragingAgreement, State
 from penstock.exchange.gradients import GradientAgreement
 from penstock.exchange.group import Group
+from penstock.exchange.words import gather_words
 from penstock.plan import Plan
 from penstock.runtime import checkpoint
 from penstock.runtime.batches import Cursor
@@ -246,17 +246,5 @@ def _plain(value: Any, path: str) -> Any:
 
 def _gather_files(files: list[File], group: Group) -> list[File]:
     """Everyone's finished files, in the order of ranks."""
-    text = torch.frombuffer(
-        bytearray(json.dumps([vars(f) for f in files]).encode()), dtype=torch.uint8
-    )
-    lengths = torch.empty(group.world_size, 1, dtype=torch.int64)
-    group.all_gather(lengths, torch.tensor([len(text)])).wait()
-    padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
-    padded[: len(text)] = text
-    texts = torch.empty(group.world_size, len(padded), dtype=torch.uint8)
-    group.all_gather(texts, padded).wait()
-    return [
-        File(**values)
-        for row, (length,) in zip(texts, lengths.tolist(), strict=True)
-        for values in json.loads(bytes(row[:length].tolist()))
-    ]
+    everyone = gather_words(group, [vars(file) for file in files])
+    return [File(**values) for rank in everyone for values in rank]

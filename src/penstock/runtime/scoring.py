@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -52,7 +53,7 @@ def score(
             seed(feed.seed, 2, feed.own[i])  # a source or a network may draw random numbers
             found: Classification | Regression | None = None
             total, examples = 0.0, 0
-            with Supply(feed, partial(feed.in_order, i, batch_size)) as supply:
+            with closing(Supply(feed, partial(feed.in_order, i, batch_size))) as supply:
                 for batch in supply.batches():
                     output = forward(batch.x)
                     if task is not None:

@@ -21,9 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from penstock.errors import RunError
+from penstock.feed.filling import SPOOL
 
-SPOOL = "PENSTOCK_SPOOL"
-"""The environment variable that names the folder of a worker's spools."""
 KEPT_S = 24 * 3600.0
 LOCK = "in-use"
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -99,17 +98,6 @@ class Supply:
             self._flow.close()
         except Fault as stuck:
             logger.warning("%s", stuck)
-
-    def __enter__(self) -> Supply:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _over(self) -> bool:
         return self._closed

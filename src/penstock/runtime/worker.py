@@ -31,7 +31,6 @@ from penstock.exchange.group import Group
 from penstock.exchange.reduction import Reduction
 from penstock.exchange.words import gather_words
 from penstock.feed import Source
-from penstock.feed.bad import bad_of
 from penstock.job import AllReduce, Averaging
 from penstock.plan import Plan
 from penstock.runtime import saving
@@ -110,7 +109,6 @@ class Worker:
             saved,
         )
         self._send, self._receive, self._trace = send, receive, trace
-        self._sources = sources
         self._feeds = {
             name: Feed(
                 name,
@@ -275,28 +273,26 @@ class Worker:
         self._shown = {"source": name, "epochs": epochs}
         self._noted_at = time.perf_counter()
         supply: Supply | None = None
-        counted = True
+        steps: int | None = None
         try:
             while cursor.epoch < epochs and self.stopped is None:
                 if supply is None:
                     supply = Supply(feed, partial(feed.requests, cursor, epochs))
-                    counted = feed.rows is not None
-                steps = feed.steps_per_epoch(batch_size * accumulate)
-                self._shown["steps_per_epoch"] = steps
+                    steps = feed.steps_per_epoch(batch_size * accumulate)
+                    self._shown["steps_per_epoch"] = steps
                 self._begin_step()
                 yield from self._hand_out(supply)
                 self._commit()
                 cursor.step += 1
                 ended = cursor.step == steps if steps else not self._anywhere(supply.more)
-                if ended and not counted:  # by now all has been read
+                if ended and steps is None:  # by now all has been read
                     self._note_shares(supply)
                     supply.close()
                     supply = None
                     if feed.rows is None:
                         self._settle(feed)
-                        self._shown["steps_per_epoch"] = feed.steps_per_epoch(
-                            batch_size * accumulate
-                        )
+                    counted = feed.steps_per_epoch(batch_size * accumulate)
+                    self._shown["steps_per_epoch"] = counted
                 if ended:
                     cursor.epoch, cursor.step = cursor.epoch + 1, 0
                     self._end_epoch()
@@ -430,9 +426,9 @@ class Worker:
                 f"the loop over worker.batches was left in the middle of step {self.global_step}",
                 hint="worker.stop(reason) instead of break: it ends the loop of all workers alike",
             )
-        for name, source in self._sources.items():
-            if (bad := bad_of(source)).count:
-                words = {"source": name, "count": bad.count, "line": bad.line()}
+        for name, feed in self._feeds.items():
+            if feed.bad.count:
+                words = {"source": name, "count": feed.bad.count, "line": feed.bad.line()}
                 self._send({"event": "bad_records", **words})
         if self.stopped != "interrupted":
             self.conclude()
