@@ -166,12 +166,16 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
 kinds = [("warm", 784), ("one by one", 4096), ("tiny", 8), ("many", 4096), ("large", 3_000_000)]
-for kind, row_bytes in [*kinds, ("ragged", 0)]:
+for kind, row_bytes in [*kinds, ("ragged", 0), ("tiny first", 0)]:
     writer = SpoolWriter(f"{sys.argv[1]}/{kind}", "partition 5")
     done, before, most = 0, None, 0
     while done < {"warm": 30_000_000, "tiny": 700_000}.get(kind, 300_000_000):
         if kind == "ragged":
             lengths = np.array([100, 0, 50_000, 2_000_000])
+            value = Ragged(np.cumsum([0, *lengths]), np.ones(lengths.sum(), np.uint8))
+            done += value.data.nbytes
+        elif kind == "tiny first":
+            lengths = np.array([100_000 if done else 10])
             value = Ragged(np.cumsum([0, *lengths]), np.ones(lengths.sum(), np.uint8))
             done += value.data.nbytes
         else:

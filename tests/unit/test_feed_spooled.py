@@ -13,6 +13,7 @@ import torch
 
 from penstock.errors import DataError, JobError
 from penstock.feed import spool as spool_module
+from penstock.feed import windows as windows_module
 from penstock.feed.order import epoch_order, windowed
 from penstock.feed.spool import Ragged, SpoolEnd, SpoolWriter
 from penstock.feed.spooled import NotYet, SpoolRecords
@@ -24,7 +25,7 @@ SOON_S = 30.0
 
 @pytest.fixture(autouse=True)
 def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool_module, "WINDOW_BYTES", 1)
+    monkeypatch.setattr(windows_module, "LARGEST_WINDOW", 64)
     monkeypatch.setattr(spool_module, "BATCH_BYTES", 1000)
 
 

@@ -60,7 +60,8 @@ class SpoolEnd:
         checksum: eight hexadecimal digits: a function of the fields' names, dtypes and shapes, and
             of their values row after row. Not of batches or segments.
         fields: by name; empty where there are no rows.
-        window_rows: of each segment but the last; 0 where there are no rows.
+        window_rows: of each segment but the last, or at most where rows are of unequal length (see
+            `windows`); 0 where there are no rows.
         segments: in order.
     """
 

@@ -1,11 +1,8 @@
 """Spools: a partition's rows on local disk, read while they are written.
 
-A spool is a folder (see `folder`) of segments (see `segment`). A segment holds exactly
-`window_rows` rows, the last one fewer; it is also the window within which the first epoch is
-shuffled. So its size is a function of the data and not of how rows came:
-
-    window_rows = the largest power of two with window_rows * bytes of the first row <= 16 MiB,
-                  but 64 at least and 65,536 at most
+A spool is a folder (see `folder`) of segments (see `segment`). A segment is also the window within
+which the first epoch is shuffled. So where it ends is a function of the data and not of how rows
+came (see `windows`).
 
 A reader maps sealed segments and looks for later ones by name. One that finds neither an end nor a
 held lock knows that the writer has died: that is an error, and never a short epoch. It goes by the
@@ -54,6 +51,7 @@ from penstock.feed.segment import (
     map_segment,
     raw,
 )
+from penstock.feed.windows import Windows
 
 __all__ = [
     "END",
@@ -72,8 +70,6 @@ __all__ = [
     "writer_lives",
 ]
 
-WINDOW_BYTES = 16 * 2**20
-SMALLEST_WINDOW, LARGEST_WINDOW = 64, 65_536
 BATCH_BYTES = 4 * 2**20
 """Rows are written in batches of about this, and smaller ones are collected: little memory, and
 few blocks among which a row is to be found. (The speed of writing does not depend on it.)"""
@@ -105,7 +101,8 @@ class SpoolWriter:
         self._need_bytes = need_bytes
         self._fields: dict[str, Field] = {}
         self._sums: dict[str, list[int]] = {}
-        self._rows = self._window_rows = self._batch_rows = 0
+        self._rows = 0
+        self._windows: Windows | None = None
         self.segments: list[Segment] = []
         """Those that are sealed."""
         self._segment: SegmentWriter | None = None
@@ -129,14 +126,12 @@ class SpoolWriter:
         with self._telling():
             self._folder.touch()
             self._check(values)
-            start = 0
-            while start < rows:
-                room = self._window_rows - self._rows % self._window_rows
-                stop = min(start + self._batch_rows, start + room, rows)
-                self._append(stop - start, values, start)
-                if self._rows % self._window_rows == 0:
+            self._windows = self._windows or Windows(values, BATCH_BYTES)
+            for start, stop, ends in self._windows.cuts(values):
+                if start < stop:
+                    self._append(stop - start, values, start)
+                if ends:
                     self._seal()
-                start = stop
 
     def close(self) -> SpoolEnd:
         """Seals the spool.
@@ -145,11 +140,12 @@ class SpoolWriter:
             DataError: the disk is full.
         """
         with self._telling():
-            if self._rows % (self._window_rows or 1):
+            if self._small_rows or self._segment is not None:
                 self._seal()
             checksum = _checksum(self._rows, self._fields, self._sums)
             fields, segments = self._fields, tuple(self.segments)
-            end = SpoolEnd(self._rows, checksum, fields, self._window_rows, segments)
+            window_rows = 0 if self._windows is None else self._windows.window_rows
+            end = SpoolEnd(self._rows, checksum, fields, window_rows, segments)
             self._folder.end(end)
         return end
 
@@ -167,11 +163,6 @@ class SpoolWriter:
         fields = {name: field_of(value) for name, value in values.items()}
         if not self._fields:
             self._fields = fields
-            row_bytes = max(_row_bytes(values), 1)
-            fitting = WINDOW_BYTES // row_bytes
-            window = 1 << max(fitting.bit_length() - 1, 0)
-            self._window_rows = min(max(window, SMALLEST_WINDOW), LARGEST_WINDOW)
-            self._batch_rows = max(BATCH_BYTES // row_bytes, 1)
         elif fields != self._fields:
             raise DataError(
                 f"{self._folder.where}: row {self._rows} is {fields_in_words(fields)}, those "
@@ -208,8 +199,9 @@ class SpoolWriter:
 
     def _put(self, rows: int, parts: Mapping[str, list[NDArray[np.uint8]]]) -> None:
         if self._segment is None:
+            assert self._windows is not None
             path = self._folder.path / segment_name(len(self.segments))
-            self._segment = SegmentWriter(path, self._fields, self._window_rows)
+            self._segment = SegmentWriter(path, self._fields, self._windows.window_rows)
         self._segment.write(rows, parts)
 
     def _seal(self) -> None:
@@ -349,12 +341,6 @@ class Spool:
 def _checksum(rows: int, fields: Mapping[str, Field], sums: Mapping[str, list[int]]) -> str:
     words = [(name, str(fields[name]), sums[name]) for name in sorted(sums)]
     return f"{zlib.crc32(json.dumps([rows, words]).encode()):08x}"
-
-
-def _row_bytes(values: Values) -> int:
-    """Of the first row."""
-    first = (v[0] if isinstance(v, Ragged) else v[:1] for v in values.values())
-    return sum(value.nbytes for value in first)
 
 
 def _cut(value: NDArray[Any] | Ragged, start: int, stop: int) -> NDArray[Any] | Ragged:
