@@ -16,6 +16,7 @@ from torch import nn
 from penstock.errors import NetworkError
 from penstock.model import randomness
 from penstock.model.capture import capture
+from penstock.model.clipping import Clipping
 from penstock.model.graph import Graph, Output, Ref, Spec
 from penstock.testing.networks import ADAGRAD, ADAMW, SGD, TINY, Example, following, tiny
 
@@ -324,3 +325,61 @@ def test_random_numbers_are_uniform(dtype: torch.dtype) -> None:
     for along in (0, 1):  # neighbours know nothing of each other
         pairs = torch.stack([x.narrow(along, 0, 399).flatten(), x.narrow(along, 1, 399).flatten()])
         assert torch.corrcoef(pairs)[0, 1].abs() < 0.02
+
+
+class Two(nn.Module):
+    """Of two features by name, and one more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Embedding(5, 3)
+
+    def forward(self, x: dict[str, torch.Tensor]) -> torch.Tensor:
+        out: torch.Tensor = self.left(x["dense"]) + self.right(x["word"])
+        return out
+
+
+def test_features_of_several_tensors() -> None:
+    network = Two().double()
+    x = {"dense": torch.randn(6, 4, dtype=torch.float64), "word": torch.randint(5, (6,))}
+    y = torch.randint(3, (6,))
+    graph = capture(network, F.cross_entropy, (x, y))
+    assert [i.name for i in graph.inputs if i.role == "data"] == ["x.dense", "x.word", "y"]
+    given = dict(network.named_parameters()) | {f"x.{k}": v for k, v in x.items()} | {"y": y}
+    loss = graph.run(given)[graph.output("loss").name]
+    torch.testing.assert_close(loss, F.cross_entropy(network(x), y).detach())
+
+
+@pytest.mark.parametrize("limit", [{"norm": 0.1}, {"norm": 1e3}, {"value": 0.01}])
+def test_gradients_are_clipped(limit: dict[str, float]) -> None:
+    example = tiny("mlp")
+    clipping = Clipping(**limit)
+    graph = capture(example.network, example.loss, example.batch, clipping=clipping)
+    example.loss(example.network(example.x), example.y).backward()
+    parameters = dict(example.network.named_parameters())
+    free = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    if "norm" in limit:
+        nn.utils.clip_grad_norm_(parameters.values(), limit["norm"])
+    else:
+        nn.utils.clip_grad_value_(parameters.values(), limit["value"])
+    outputs = graph.run(example.inputs(graph))
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        gradient = outputs[graph.output("gradient", name).name]
+        # torch adds 1e-6 to the norm that it divides by
+        torch.testing.assert_close(gradient, parameter.grad, rtol=2e-5, atol=1e-12)
+        assert torch.equal(gradient, free[name]) == (limit == {"norm": 1e3})
+    compare(example, SGD)
+
+
+def test_forward_in_bfloat16() -> None:
+    example = tiny("mlp", torch.float32)
+    graph = capture(example.network, example.loss, example.batch, SGD, autocast=torch.bfloat16)
+    inputs = example.inputs(graph)
+    loss = graph.run(inputs)[graph.output("loss").name]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = example.loss(example.network(example.x), example.y).detach()
+    torch.testing.assert_close(loss, expected)
+    products = [node for node in graph.nodes if node.op == "aten.mm.default"]
+    assert {graph.specs[node.name].dtype for node in products} == {torch.bfloat16}
+    assert all(graph.specs[name].dtype == torch.float32 for name in inputs if "weight" in name)

@@ -24,6 +24,7 @@ from typing import Any, cast
 
 import torch
 import torch.fx.traceback as fx_traceback
+import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._functorch._aot_autograd.descriptors import (
     BufferAOTInput,
@@ -36,6 +37,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from penstock.errors import NetworkError
+from penstock.model.clipping import Clipping
 from penstock.model.decompositions import DECOMPOSITIONS, fresh_salts
 from penstock.model.graph import Graph, Input, Node, Output, Phase, Ref, Role, Spec
 from penstock.model.updates import GRADIENT, PARAMETER, RATE, SAME, SKIPPED, OptimizerMaker, Updates
@@ -43,6 +45,7 @@ from penstock.model.updates import GRADIENT, PARAMETER, RATE, SAME, SKIPPED, Opt
 __all__ = ["Step", "capture"]
 
 Loss = Callable[[Any, Any], torch.Tensor]
+Batch = tuple[Any, Any]
 SEED = "seed"
 VIEWS = {"aten.t.default", "aten.view.default", "aten.transpose.int", "aten.permute.default",
          "aten.unsqueeze.default", "aten.expand.default", "aten._unsafe_view.default"}  # fmt: skip
@@ -67,40 +70,52 @@ class Step(nn.Module):
     Arguments:
         network: from x to its output.
         loss: `(output, y) -> scalar`.
+        autocast: the dtype in which forward computes what can be computed so.
     """
 
-    def __init__(self, network: nn.Module, loss: Loss) -> None:
+    def __init__(self, network: nn.Module, loss: Loss, autocast: torch.dtype | None) -> None:
         super().__init__()
-        self.network, self.loss = network, loss
+        self.network, self.loss, self.autocast = network, loss, autocast
 
     def forward(self, x: Any, y: Any) -> torch.Tensor:
-        return self.loss(self.network(x), y)
+        if self.autocast is None:
+            return self.loss(self.network(x), y)
+        with torch.autocast("cpu", self.autocast):
+            return self.loss(self.network(x), y)
 
 
 def capture(
     network: nn.Module,
     loss: Loss,
-    batch: tuple[torch.Tensor, torch.Tensor],
+    batch: Batch,
     optimizer: OptimizerMaker | None = None,
+    *,
+    autocast: torch.dtype | None = None,
+    clipping: Clipping | None = None,
 ) -> Graph:
     """Captures a training step. The network stays as it is.
 
     Arguments:
         network: in training mode or not, as the step is to be; on the CPU or on the meta device.
         loss: `(output, y) -> scalar`.
-        batch: x and y, (batch, ...), or tensors on the meta device of that shape and dtype.
+        batch: x and y, (batch, ...), or tensors on the meta device of that shape and dtype; each
+            a tensor, or a tuple or dict of tensors.
         optimizer: makes it from the parameters. Without one, gradients are outputs.
+        autocast: the dtype in which forward computes what can be computed so (bfloat16).
+        clipping: limits to gradients before the optimizer's step.
 
     Returns:
-        The graph; its inputs are named after parameters, `x`, `y` and `seed`.
+        The graph; its inputs are named after parameters, `x`, `y` (`x.0`, `x.key` where there are
+        several) and `seed`.
 
     Raises:
         NetworkError: it cannot be captured; names the line of the user's code.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        builder = _Builder(_joint(network, loss, batch), _first_names(network))
-        builder.add_all()
+        builder = _Builder(_joint(network, loss, batch, autocast), _first_names(network))
+        builder.add_all(batch)
+        builder.clip(clipping or Clipping())
         if optimizer is None:
             builder.give_gradients()
         else:
@@ -120,11 +135,11 @@ def _first_names(network: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
 
 
-def _joint(network: nn.Module, loss: Loss, batch: tuple[torch.Tensor, torch.Tensor]) -> fx.Graph:
+def _joint(network: nn.Module, loss: Loss, batch: Batch, autocast: torch.dtype | None) -> fx.Graph:
     fresh_salts()
     mode = FakeTensorMode()
-    step = Step(_fake_module(network, mode), loss)
-    x, y = (mode.from_tensor(_on_cpu(tensor)) for tensor in batch)
+    step = Step(_fake_module(network, mode), loss, autocast)
+    x, y = pytree.tree_map(lambda tensor: mode.from_tensor(_on_cpu(tensor)), batch)
     _name_modules(step.network)
     try:
         with ExitStack() as stack, mode, fx_traceback.preserve_node_meta():
@@ -217,10 +232,10 @@ class _Builder:
             initial=self._initial,
         )
 
-    def add_all(self) -> None:
+    def add_all(self, batch: Batch) -> None:
         """Inputs, and the nodes of forward and backward."""
         self._input(SEED, "scalar", SEED, Spec((), torch.int64))
-        data = iter(("x", "y"))
+        data = iter([*_names_of("x", batch[0]), *_names_of("y", batch[1])])
         self._ones: set[fx.Node] = set()
         for node in self._source.nodes:
             if node.op == "placeholder":
@@ -233,6 +248,13 @@ class _Builder:
                     self._call(node)
                 case "output":
                     self._finish(node)
+
+    def clip(self, clipping: Clipping) -> None:
+        """Limits the gradients."""
+        clipped = clipping.nodes(self._gradients, self._specs)
+        self._nodes += clipped.nodes
+        self._specs |= clipped.specs
+        self._gradients = clipped.gradients
 
     def give_gradients(self) -> None:
         for target, name in self._gradients.items():
@@ -399,6 +421,13 @@ class _Builder:
             self._nodes.append(Node(name, "aten.add.Tensor", both, {}, (name,), "backward"))
             self._specs[name] = self._specs[target]
         self._gradients[target] = name
+
+
+def _names_of(name: str, value: Any) -> list[str]:
+    """The tensor's, or those of a tuple's or dict's, in torch's order."""
+    found = pytree.tree_flatten_with_path(value)[0]
+    keys = [[getattr(key, "idx", getattr(key, "key", key)) for key in path] for path, _ in found]
+    return [".".join([name, *map(str, path)]) for path in keys]
 
 
 def _name_of(node: fx.Node) -> str:
