@@ -214,6 +214,7 @@ class _Builder:
         self._initial: dict[str, float] = {}
         self._names: dict[fx.Node, str | tuple[str | None, ...]] = {}
         self._views: dict[str, str] = {}
+        self._calls: dict[int, int] = {-1: 0}
         self._gradients: dict[str, str] = {}
 
     def graph(self) -> Graph:
@@ -351,6 +352,7 @@ class _Builder:
             outputs,
             phase,
             node.meta.get("custom", {}).get("module", ""),
+            self._calls.setdefault(node.meta.get("seq_nr", -1), len(self._calls)),
         )
         if op in VIEWS:
             key = f"{op}{made.args}"

@@ -99,6 +99,8 @@ class Node:
         outputs: names of the tensors it gives; None for one that is not computed.
         phase: of the step.
         module: path of the module whose forward has called it; also in backward.
+        call: number of the call that autograd has recorded: a backward node has that of the forward
+            nodes that it is the backward of. 0 where nothing is known of it.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Node:
     outputs: tuple[str | None, ...]
     phase: Phase
     module: str = ""
+    call: int = 0
 
     @functools.cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -197,8 +200,9 @@ class Graph:
             for node in self.nodes:
                 args, kwargs = node.with_tensors([values[name] for name in node.inputs])
                 values |= node.results(node.function(*args, **kwargs))
-                for name in {*node.inputs} - kept:
-                    if last[name] == node.name:
+                made = [name for name in node.outputs if name is not None]
+                for name in {*node.inputs, *made} - kept:
+                    if last.get(name, node.name) == node.name:
                         del values[name]
         return {output.name: values[output.name] for output in self.outputs}
 
