@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from penstock.cluster.agent import PREFIX, Orders
+from penstock.cluster.agent import PREFIX, Orders, _lasting
 from penstock.cluster.channel import Message
 from penstock.cluster.coordinator import Coordinator, Peer
 from penstock.cluster.directory import Directory, Told
@@ -38,6 +38,7 @@ WAIT_S = 10.0
 """How long anything may take that is to happen."""
 SOON_S = 3.0
 """How long what is promised within a second may take on a machine with other work."""
+UUID = "250b9e52-218e-4a08-b842-676967c6f284"
 ROWS = [[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], [[7.0, 8.0]]]
 """Of the column x, by Spark's partition."""
 ARRIVAL = Arrival("train", Selection("x", "y"), numbers(4, 2))
@@ -211,6 +212,7 @@ class Driver:
             "columns": (("c0", "c1"),),
             "owners": (0, 1),
             "folder": str(self.folder),
+            "run": "/runs/one",
         }
         result = self.folder / f"result-{len(self.agents)}"
         context = {"partitionId": rank, "attemptNumber": attempt, "taskAttemptId": 40 + attempt}
@@ -362,7 +364,7 @@ def driver(daemon: Daemon, tmp_path: Path) -> Iterator[Driver]:
 def leave(agent: Agent) -> None:
     """Has it leave; nothing of it is left."""
     processes = family(agent.pid)
-    agent.do("leave")
+    agent.do("leave", keep=False)
     assert agent.result() == "gave []"
     assert is_over(processes)
 
@@ -411,7 +413,7 @@ def test_it_leaves_though_spark_computes_rows_still(driver: Driver) -> None:
     assert agent.event("ready")["report"] is None
     agent.start("show")
     assert json.loads(agent.worker("output")["data"])["spooled"] == []
-    agent.do("leave")
+    agent.do("leave", keep=False)
     wait_for(lambda: driver.folders() == [], SOON_S)
     os.kill(agent.pid, signal.SIGKILL)  # as Spark does when the job is cancelled
 
@@ -524,8 +526,8 @@ def test_a_copy_grows_and_goes_on_when_its_reader_was_lost(driver: Driver) -> No
     records = SpoolRecords(lambda n: copy if n == 0 else None, "train")
     assert len(records) >= 2 * records.windows[1]
     assert driver.directory.conflicts == []
-    again.do("leave")
-    owner.do("leave")
+    again.do("leave", keep=False)
+    owner.do("leave", keep=False)
     for agent in (again, owner):
         assert agent.result() == "gave []"
 
@@ -538,6 +540,53 @@ def test_a_reader_that_fails_is_known_to_the_owners_worker(driver: Driver) -> No
     wait_for(lambda: any(driver.folder.glob("local/*/spool/0/1/failed.json")), WAIT_S, driver.poll)
     for agent in (reader, owner):
         leave(agent)
+
+
+# What outlives it
+
+
+def test_what_it_has_read_is_there_for_one_that_comes_later(driver: Driver) -> None:
+    agent = driver.agent(partitions=ROWS, last="endless")
+    told = [agent.until(lambda m: m.get("of") == "rows") for _ in ROWS]
+    agent.do("leave", keep=True)
+    assert agent.result() == "gave []"
+    assert driver.folders() == []
+    kept = [(0, m["partition"], int(m["sum"].split()[0]), m["sum"].split()[1]) for m in told]
+    directory = Directory((0, 1), {"train": ARRIVAL.numbers}, [each[:2] for each in kept])
+    driver.directory = directory
+    other, late = (driver.agent(rank=rank, kept=kept) for rank in (1, 0))
+    for each in (other, late):
+        each.taken_in()
+    assert directory.looked
+    assert not directory.lacks
+    late.start("show")
+    assert json.loads(late.worker("output")["data"])["spooled"] == ["0/0", "0/2"]
+    leave(other)
+    wait_for(lambda: directory.lacks, WAIT_S, driver.poll)
+    leave(late)
+    assert not list((driver.folder / "local").iterdir())
+
+
+def test_what_it_has_read_outlives_its_driver(driver: Driver) -> None:
+    agent = driver.agent(partitions=ROWS)
+    agent.taken_in()
+    driver.close()
+    assert "the driver is gone" in agent.result(within_s=2 * SOON_S)
+    assert driver.folders() == []
+    assert len(list((driver.folder / "local").glob("penstock-*/*/*/end.json"))) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("local", "lasting"),
+    [
+        ("/mnt/spark", "/mnt/spark"),
+        (f"/mnt/spark-{UUID}/executor-{UUID}/blockmgr-{UUID}", "/mnt"),
+        (f"/nm/usercache/ann/appcache/application_17_0002/blockmgr-{UUID}", "/nm/usercache/ann"),
+        (f"/tmp/blockmgr-{UUID}", "/tmp"),
+    ],
+)
+def test_it_outlives_what_is_made_for_an_application(local: str, lasting: str) -> None:
+    assert _lasting(Path(local)) == Path(lasting)
 
 
 # Its worker
@@ -632,7 +681,7 @@ def test_nothing_is_left_when_it_leaves(driver: Driver) -> None:
     assert {worker, child, state_and_parent(worker)[1]} <= {*processes}
     (folder,) = driver.folders()
     assert (folder / "spool/0/0/end.json").exists()
-    agent.do("leave")
+    agent.do("leave", keep=False)
     assert agent.result(within_s=SOON_S) == "gave []"
     assert is_over(processes)
     assert driver.folders() == []

@@ -9,14 +9,18 @@ does, or when Spark kills it. No tensor library is imported here.
 
     agent -> driver    hello: role, rank, attempt, host, job, facts
                        {"event": "heard"}                        every second, from a thread
-                       {"event": "serving" | "reading" | "sum" | "read", ...}: see `directory`
+                       {"event": "serving" | "kept" | "reading" | "sum" | "read", ...}: see
+                                                                 `directory`
                        {"event": "ready"}                        the first rows are there, or none
                                                                  will be: its worker may start
                        {"event": "failed", "kind", "message", "hint"}
                        {"event": "worker", "generation", "what": started | output | exited, ...}
     driver -> agent    {"do": "start", "generation", "target", "environment", "folder"} and payload
                        {"do": "take" | "drop" | "empty", ...}: see `directory`
-                       {"do": "end"}  {"do": "wait"}  {"do": "leave"}
+                       {"do": "end"}  {"do": "wait"}
+                       {"do": "leave", "keep"}                   true: what it has read is to
+                                                                 outlive it; false: nothing of the
+                                                                 run is; null: nothing of its own
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import ctypes
 import fcntl
 import importlib
 import os
+import re
 import select
 import shutil
 import signal
@@ -61,6 +66,14 @@ class Sink(Protocol):
     """What an agent puts its partitions into, and shares them from; see `Orders.sink`."""
 
     nonce: str
+
+    def resume(self, place: str, run: str, wanted: Sequence[tuple[int, int, int, str]]) -> None:
+        """Takes what is kept in this place of a run before in the same directory; see `Orders`."""
+        ...
+
+    def leave(self, keep: bool) -> None:
+        """Keeps there what was read to its end, or removes what is kept of the run."""
+        ...
 
     def write(self, batch: Any) -> None:
         """Takes an Arrow batch."""
@@ -124,6 +137,9 @@ class Orders:
         columns: by source, what its columns are called in the batches.
         owners: the rank that carries each shard.
         folder: the driver's working folder; the worker's as well, where there is such a one.
+        run: the run's directory.
+        kept: source, partition, rows and checksum of what an earlier run in this directory has
+            read, and nobody is given to read as long as it is kept.
         job: which of the run's jobs this is; Spark may start a task of an ended one even now.
     """
 
@@ -135,6 +151,8 @@ class Orders:
     columns: tuple[tuple[str, ...], ...]
     owners: tuple[int, ...]
     folder: str
+    run: str
+    kept: tuple[tuple[int, int, int, str], ...] = ()
     job: int = 0
 
 
@@ -211,6 +229,7 @@ class _Agent:
         self._errors: list[BaseException] = []  # that have ended a thread
         self._broken = os.eventfd(0)  # readable when there are any
         self._takers: dict[tuple[str, int], Taker] = {}
+        self._keep: bool | None = True  # the driver may be killed, and then say nothing
         self._sink: Sink | None = None
         self._reader: threading.Thread | None = None
 
@@ -250,6 +269,8 @@ class _Agent:
         giver = Giver(self._orders.token, self._channel.local_address, sink.find, self._break)
         where = {"address": giver.address, "folder": self._folder, "nonce": sink.nonce}
         self._send({"event": "serving", **where})
+        sink.resume(str(_lasting(_local_disk())), self._orders.run, self._orders.kept)
+        self._send({"event": "kept"})
         self._reader = threading.Thread(
             target=self._read, args=(batches, sink), name="penstock-reader", daemon=True
         )
@@ -258,6 +279,8 @@ class _Agent:
             yield
         finally:
             self._over.set()
+            if self._keep is not None:
+                sink.leave(self._keep)
             for taker in self._takers.values():
                 taker.close()
             giver.close()
@@ -367,8 +390,10 @@ class _Agent:
             case "wait":
                 # A first attempt at a rank that is held: Spark runs the stage again for the sake
                 # of another rank, which may need this very slot.
+                self._keep = None if self._first else self._keep
                 return self._first
             case "leave":
+                self._keep = message["keep"]
                 return True
         return False
 
@@ -425,14 +450,26 @@ class _Agent:
             raise TransportError(f"the driver is gone: {error}") from error
 
 
+def _local_disk() -> Path:
+    places = os.environ.get("SPARK_LOCAL_DIRS") or os.environ.get("LOCAL_DIRS") or ""
+    return Path(places.split(",")[0] or tempfile.gettempdir())
+
+
+def _lasting(place: Path) -> Path:
+    """The folder above those that Spark, or YARN, makes for an application and removes with it."""
+    made = r"(spark|executor|blockmgr)-[-0-9a-f]{36}|appcache|application_\d+_\d+"
+    while re.fullmatch(made, place.name):
+        place = place.parent
+    return place
+
+
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
     """A new folder on the executor's local disk, locked while this process lives.
 
     Folders whose process was killed are removed.
     """
-    places = os.environ.get("SPARK_LOCAL_DIRS") or os.environ.get("LOCAL_DIRS") or ""
-    place = Path(places.split(",")[0] or tempfile.gettempdir())
+    place = _local_disk()
     for left in place.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError), open(left / "lock", "rb") as lock:
             if time.time() - os.fstat(lock.fileno()).st_mtime > SWEEP_S:

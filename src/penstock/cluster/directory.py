@@ -7,12 +7,19 @@ itself; else they take it from its provider, the first agent that reads it and i
 agents tell comes in; messages to agents go out:
 
     agent -> directory   {"event": "serving", "address", "folder", "nonce"}   where it can be taken
+                         {"event": "kept"}                      all that it has from before, below
                          {"event": "reading", "source", "partition"}          its first row
                          {"event": "sum", "source", "partition", "of", "sum"} of its rows
                          {"event": "read"}                                    all that it was given
     directory -> agent   {"do": "take", "source", "partition", "address", "folder", "nonce"}
                          {"do": "drop", "source", "partition"}: who had it is gone
                          {"do": "empty", "source", "partitions"}: they have no rows
+
+What an earlier run has read may be kept, and is then not read at all: an agent tells of what it
+found as if it had read it, and at the end that this was all. Once agents of all ranks have looked,
+each such partition has a provider, or the directory `lacks` it. Then, be it at the beginning or
+since a provider is gone, all agents are to come anew and to read everything (`again`): those that
+are there were given nothing to read it from.
 
 A partition that is read again, since who read it was lost, must have the same rows in the same
 order: of every provider the sums must be those of the one before. Where they are not, an agent is
@@ -21,7 +28,7 @@ in `conflicts`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,13 +53,19 @@ class Directory:
     Arguments:
         owners: the rank that carries each shard.
         partitions: by name of a source, in their order, the numbers of its partitions.
+        kept: those that have rows, and that no agent is given to read as long as they are kept.
 
     Attributes:
         conflicts: agents that have read a partition again and found other rows, each with the
             error; the caller takes them out.
     """
 
-    def __init__(self, owners: Sequence[int], partitions: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self,
+        owners: Sequence[int],
+        partitions: Mapping[str, Sequence[int]],
+        kept: Collection[Key] = (),
+    ) -> None:
         self.conflicts: list[tuple[int, DataError]] = []
         self._owners = owners
         self._names = list(partitions)
@@ -62,12 +75,24 @@ class Directory:
         self._ranks: dict[Key, int] = {}  # of readers
         self._sums: dict[Key, dict[str, str]] = {}  # of providers up to now
         self._read: set[int] = set()  # ranks
+        self._looked: set[int] = set()  # ranks that have told what they have from before
+        self._kept = set(kept)
         self._filled: set[Key] = set()  # partitions that have a row
 
     @property
     def all_read(self) -> bool:
         """Whether every rank has read all that it was given."""
         return self._read >= {*self._owners}
+
+    @property
+    def looked(self) -> bool:
+        """Whether it is known what is kept, if anything was to be."""
+        return not self._kept or self._looked >= {*self._owners}
+
+    @property
+    def lacks(self) -> bool:
+        """Whether something is not kept that was to be, or no longer."""
+        return self.looked and not all(self._readers.get(key) for key in self._kept)
 
     def joined(self, agent: int, rank: int) -> Told:
         """An agent is there: what it needs of what is known."""
@@ -88,10 +113,12 @@ class Directory:
                 about.serves = {name: message[name] for name in ("address", "folder", "nonce")}
             case "reading":
                 return self._reading(agent, (message["source"], message["partition"]))
+            case "kept":
+                self._looked.add(about.rank)
             case "sum":
                 key = message["source"], message["partition"]
                 about.sums.setdefault(key, {})[message["of"]] = message["sum"]
-                if self._readers[key][0] == agent:
+                if self._readers[key][:1] == [agent]:
                     self._compare(key)
             case "read" if about.rank not in self._read:
                 self._read.add(about.rank)
@@ -117,9 +144,13 @@ class Directory:
         return told
 
     def again(self) -> None:
-        """All agents come anew, and may be given other partitions than before."""
-        if not self.all_read:
+        """All agents come anew, and are given all partitions, perhaps others than before."""
+        if self._kept or not self.all_read:
             self._read.clear()
+        for key in self._kept:  # whether it has rows now is seen when it is read
+            self._filled.discard(key)
+            self._readers.pop(key, None)
+        self._kept.clear()
 
     def validate(self) -> None:
         """Asserts what must hold between any two events."""
@@ -129,11 +160,15 @@ class Directory:
             assert len(set(readers)) == len(readers), f"{key} is read twice by one of {readers}"
             ranks = {self._agents[agent].rank for agent in readers}
             assert ranks <= {self._ranks[key]}, f"{key} is read by agents of ranks {ranks}"
+        if self._kept and self.looked and not self.lacks:
+            assert self._kept <= {key for key, some in self._readers.items() if some}
         assert self._filled <= self._keys, f"{self._filled - self._keys} are of no source"
 
     def _reading(self, agent: int, key: Key) -> Told:
         assert key in self._keys, f"agent {agent} reads {key}: no partition of a source"
         readers = self._readers.setdefault(key, [])
+        if key in self._kept and readers:
+            return []  # on two hosts: one will do
         readers.append(agent)
         self._ranks[key] = self._agents[agent].rank
         self._filled.add(key)
@@ -165,9 +200,10 @@ class Directory:
     def _takers(self, key: Key) -> list[int]:
         """The agents that must have a partition and do not read it themselves."""
         owner = self._owner(key)
-        if self._ranks[key] == owner:
+        if self._ranks[key] == owner and key not in self._kept:
             return []
-        return [agent for agent, about in self._agents.items() if about.rank == owner]
+        owners = (agent for agent, about in self._agents.items() if about.rank == owner)
+        return [agent for agent in owners if agent not in self._readers[key]]
 
     def _compare(self, key: Key) -> None:
         about = self._agents[self._readers[key][0]]

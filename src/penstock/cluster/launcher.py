@@ -154,6 +154,8 @@ class Launcher(Protocol):
 
     where: str
     """In words: "on this machine"."""
+    keep: bool
+    """Whether what agents have read is to outlive them, for a run that goes on from there."""
 
     def gather(self, ranks: int) -> None:
         """Asks for an agent for each of ranks 0 to ranks - 1; `poll` tells when they come."""

@@ -291,6 +291,8 @@ class LocalLauncher:
     """This machine as a launcher: the driver plays all agents; number and rank are the same."""
 
     where = "on this machine"
+    keep = False
+    """These agents read nothing."""
 
     def __init__(self, preload: Sequence[str]) -> None:
         self._workers = LocalWorkers(preload)

@@ -29,8 +29,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from penstock.cluster.agent import Orders
@@ -79,13 +79,17 @@ class Input:
 
     Arguments:
         name: of the source.
-        frame: the DataFrame; its columns are those that are wanted.
+        frame: gives the DataFrame, whose columns are those that are wanted. It may take its time
+            where all that it has may be kept; then it is called in a thread, when it is not.
         partitions: the numbers of its partitions.
+        kept: rows and checksum of those of which an earlier run may have left spools; of all that
+            have rows, or none.
     """
 
     name: str
-    frame: Any
+    frame: Callable[[], Any]
     partitions: tuple[int, ...]
+    kept: Mapping[int, tuple[int, str]] = field(default_factory=dict)
 
 
 class SparkLauncher:
@@ -96,11 +100,15 @@ class SparkLauncher:
         token: of the run.
         facts: what is known of the session.
         code: is shipped to the nodes.
+        run: its directory.
         inputs: what the agents take in.
         sink, arrivals: where they put it; see `Orders`.
         owners: the rank that carries each shard.
         preload: modules for the workers' fork servers.
         description: for Spark's UI.
+
+    Attributes:
+        keep: whether what agents have read is to outlive them, for a run that goes on from there.
     """
 
     def __init__(
@@ -109,6 +117,7 @@ class SparkLauncher:
         token: str,
         facts: Facts,
         code: Code,
+        run: str,
         inputs: Sequence[Input],
         sink: str,
         arrivals: bytes,
@@ -126,11 +135,22 @@ class SparkLauncher:
             tuple(preload),
             sink,
             arrivals,
-            tuple(tuple(columns) for columns in _columns(inputs)),
+            (),
             tuple(owners),
             os.getcwd(),
+            run,
+            tuple(
+                (source, partition, *each)
+                for source, given in enumerate(inputs)
+                for partition, each in given.kept.items()
+            ),
         )
-        self._directory = Directory(owners, {each.name: each.partitions for each in inputs})
+        self.keep = True
+        self._directory = Directory(
+            owners,
+            {each.name: each.partitions for each in inputs},
+            [kept[:2] for kept in self._orders.kept],
+        )
         self._batches = _Batches(session)
         self._jobs: list[_Job] = []  # the last one is the present one
         self._told_ended = False
@@ -144,9 +164,19 @@ class SparkLauncher:
 
     def gather(self, ranks: int) -> None:
         self._num_ranks = ranks
-        rows = self._rows(ranks)
+        frame = self._frame(0)
+        self._begin(lambda: frame)
+
+    def _begin(self, make: Callable[[], Any]) -> None:
+        self._batches.limit()
+        facts, description = self._facts, self._description
+        self._jobs.append(_Job(self._session, facts.classic, make, description, self._wake))
+
+    def _frame(self, job: int) -> Any:
+        """The agents of a job, as a DataFrame."""
+        columns, rows = self._rows(self._num_ranks)
         unpack = by_value("penstock.cluster.environment", "unpack_code")
-        orders = replace(self._orders, job=len(self._jobs))
+        orders = replace(self._orders, columns=columns, job=job)
         agent = with_code(
             self._code.data,
             self._code.digest,
@@ -154,10 +184,7 @@ class SparkLauncher:
             "penstock.cluster.agent:run",
             asdict(orders),  # as plain values: what needs Penstock comes after its code
         )
-        frame = rows.mapInArrow(agent, "rank int")
-        self._batches.limit()
-        job = _Job(self._session, self._facts.classic, frame, self._description, self._wake)
-        self._jobs.append(job)
+        return rows.mapInArrow(agent, "rank int")
 
     def start(
         self,
@@ -180,7 +207,7 @@ class SparkLauncher:
     def leave(self, agent: int, reason: str) -> None:
         self._excuse(agent)
         self._forget(agent)
-        self._coordinator.send(agent, {"do": "leave", "reason": reason})
+        self._coordinator.send(agent, {"do": "leave", "keep": None, "reason": reason})
 
     def filenos(self) -> list[int]:
         return [self._coordinator.fileno(), self._woken.fileno()]
@@ -203,15 +230,16 @@ class SparkLauncher:
                 self._say(self._directory.heard(peer.number, message))
                 self._hear_of_readiness(peer.number, message["event"])
             events += _events(peer, message)
-        for agent in [agent for agent, at_s in self._steady_s.items() if at_s <= time.monotonic()]:
+        if self._directory.lacks or self._excused - set(self._ranks.values()):
+            events += self._gather_again()
+        now = time.monotonic() if self._directory.looked else 0.0
+        for agent in [agent for agent, at_s in self._steady_s.items() if at_s <= now]:
             del self._steady_s[agent]
             self._ready.add(agent)
             events.append(AgentReady(agent))
         while self._directory.conflicts:
             agent, error = self._directory.conflicts.pop()
             events.append(AgentFailed(agent, type(error).__name__, error.message, error.hint))
-        if self._excused - set(self._ranks.values()):
-            events += self._gather_again()
         if not self._told_ended and self._jobs and self._jobs[-1].ended:
             self._told_ended = True
             events.append(ClusterFailed(_cause(self._jobs[-1].error)))
@@ -234,7 +262,8 @@ class SparkLauncher:
         return facts_of(self._session, 0).missing()  # executors may have gone since the beginning
 
     def close(self) -> None:
-        self._coordinator.send_all("agent", {"do": "leave", "reason": "the run is over"})
+        leave = {"do": "leave", "keep": self.keep, "reason": "the run is over"}
+        self._coordinator.send_all("agent", leave)
         self._batches.restore()
         if not self._left(END_S):
             for job in self._jobs:
@@ -271,16 +300,21 @@ class SparkLauncher:
             self._coordinator.send(agent, message)
 
     def _gather_again(self) -> list[AgentEvent]:
-        """All agents anew, as another job: to Spark, a rank that has none is done."""
+        """All agents anew, as another job that reads everything.
+
+        To Spark, a rank that has none is done; and where something is lacking that was kept,
+        nobody was given it to read.
+        """
         left: list[AgentEvent] = []
         for agent in list(self._ranks):
             self._forget(agent)
-            self._coordinator.drop(agent)  # it ends by this
+            self._coordinator.send(agent, {"do": "leave", "keep": None})
             left.append(AgentLost(agent, "Spark starts all agents anew"))
         self._excused.clear()
         self._directory.again()
+        self._orders = replace(self._orders, kept=())
         self._jobs[-1].cancel()
-        self.gather(self._num_ranks)
+        self._begin(functools.partial(self._frame, len(self._jobs)))
         return left
 
     def _left(self, within_s: float) -> bool:
@@ -291,7 +325,7 @@ class SparkLauncher:
         ):
             for peer, message in self._coordinator.poll():
                 if message is peer.hello:  # Spark starts doubles even now
-                    self._coordinator.send(peer.number, {"do": "leave"})
+                    self._coordinator.send(peer.number, {"do": "leave", "keep": self.keep})
                 elif message is None:
                     self._ranks.pop(peer.number, None)
             if not self._ranks and not self._directory.all_read:
@@ -299,40 +333,45 @@ class SparkLauncher:
             running[0].join(0.02)
         return not running
 
-    def _rows(self, ranks: int) -> Any:
-        if not self._inputs:
+    def _rows(self, ranks: int) -> tuple[tuple[tuple[str, ...], ...], Any]:
+        """What the agents are given to read, and by source what its columns are called there."""
+        kept = {source for source, *_ in self._orders.kept}
+        given = {s: each.frame() for s, each in enumerate(self._inputs) if s not in kept}
+        called = dict(zip(given, _columns(list(given.values())), strict=True))
+        columns = tuple(called.get(source, ()) for source in range(len(self._inputs)))
+        if not given:
             seeds = self._session.range(0, ranks, 1, ranks)
-            return seeds.selectExpr("-1 as source", "cast(id as int) as partition")
+            return columns, seeds.selectExpr("-1 as source", "cast(id as int) as partition")
         frames = []
-        for source, each in enumerate(self._inputs):
-            names = zip(each.frame.columns, self._orders.columns[source], strict=True)
-            columns = (f"`{name.replace('`', '``')}` as {column}" for name, column in names)
+        for source, frame in given.items():
+            names = zip(frame.columns, columns[source], strict=True)
+            renamed = (f"`{name.replace('`', '``')}` as {column}" for name, column in names)
             numbers = f"{source} as source", "spark_partition_id() as partition"
-            frames.append(each.frame.selectExpr(*numbers, *columns))
+            frames.append(frame.selectExpr(*numbers, *renamed))
         if len(frames) > 1:
             frames[1:] = [functools.reduce(_union, frames[1:]).coalesce(1)]
-        return functools.reduce(_union, frames).coalesce(ranks)
+        return columns, functools.reduce(_union, frames).coalesce(ranks)
 
 
 def _union(one: Any, other: Any) -> Any:
     return one.unionByName(other, allowMissingColumns=True)
 
 
-def _columns(inputs: Sequence[Input]) -> list[list[str]]:
-    """What the columns of each source are called in the union: one name for columns of one type,
-    of which a source has each once.
+def _columns(frames: Sequence[Any]) -> list[tuple[str, ...]]:
+    """What the columns of each frame are called in the union: one name for columns of one type,
+    of which a frame has each once.
     """
     types: list[str] = []
     columns = []
-    for each in inputs:
+    for frame in frames:
         taken: list[int] = []
-        for field in each.frame.schema:
-            kind = field.dataType.simpleString()
+        for column in frame.schema:
+            kind = column.dataType.simpleString()
             fits = (n for n, known in enumerate(types) if known == kind and n not in taken)
             number = next(fits, len(types))
             types[number:] = types[number:] or [kind]
             taken.append(number)
-        columns.append([f"c{number}" for number in taken])
+        columns.append(tuple(f"c{number}" for number in taken))
     return columns
 
 
@@ -362,7 +401,7 @@ class _Job:
     """A Spark job, begun in a thread of its own.
 
     Arguments:
-        frame: what it computes; nothing of it is kept.
+        make: gives what it computes; nothing of it is kept. Jobs that this needs are of this one.
         wake: is written to when it has ended.
 
     Attributes:
@@ -371,14 +410,19 @@ class _Job:
     """
 
     def __init__(
-        self, session: Any, classic: bool, frame: Any, description: str, wake: socket.socket
+        self,
+        session: Any,
+        classic: bool,
+        make: Callable[[], Any],
+        description: str,
+        wake: socket.socket,
     ) -> None:
         self.tag = f"penstock-{secrets.token_hex(4)}"
         self.ended = False
         self.error: BaseException | None = None
         self._session, self._classic, self._wake = session, classic, wake
         self.thread = threading.Thread(
-            target=self._collect, args=(frame, description), name="penstock-spark", daemon=True
+            target=self._collect, args=(make, description), name="penstock-spark", daemon=True
         )
         self.thread.start()
 
@@ -392,14 +436,14 @@ class _Job:
         except Exception:  # the session is gone, and its tasks with it
             return
 
-    def _collect(self, frame: Any, description: str) -> None:
+    def _collect(self, make: Callable[[], Any], description: str) -> None:
         try:
             if self._classic:
                 context = self._session.sparkContext
                 context.setJobGroup(self.tag, description, interruptOnCancel=True)
             else:
                 self._session.addTag(self.tag)
-            frame.collect()
+            make().collect()
         except BaseException as raised:
             self.error = raised
         self.ended = True

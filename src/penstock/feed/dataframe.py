@@ -23,7 +23,7 @@ from penstock.feed.columns import Features, Image, Place, Selection, unsuitable
 from penstock.feed.decode import stages_of
 from penstock.feed.filling import SPOOL
 from penstock.feed.intake import MEND, Arrival, numbers
-from penstock.feed.manifest import Manifest, Part, Piece, partition_of
+from penstock.feed.manifest import NO_CHECKSUM, Manifest, Part, Piece, partition_of
 from penstock.feed.shelf import ALIVE, partitions_of
 from penstock.feed.source import Records, Source, Stage
 from penstock.feed.spooled import SpoolRecords
@@ -222,7 +222,7 @@ class SpooledSource:
         found = records.parts(self._numbers(shard, shards))
         most = -(-len(partitions_of(self._folder)) // shards)
         for number in range(shard + len(found) * shards, most * shards, shards):
-            found.append(Part(partition=number, rows=0, checksum="0" * 8, layout=""))
+            found.append(Part(partition=number, rows=0, checksum=NO_CHECKSUM, layout=""))
         return found
 
     @property

@@ -2,6 +2,9 @@
 
     <folder>/read/<source>/<partition>    what this agent reads; see `shelf` for the rest
 
+What an agent has read outlives it if the run may go on (`kept`): the agents of the run that does
+take it, and tell of it as if they had read it.
+
 Batches hold rows of any source: `source` and `partition` say whose they are, and the source's
 columns follow under names of the launcher's. Spark gives one partition after the other, so that
 where the next begins the one before is whole.
@@ -14,6 +17,7 @@ places each reads what its own worker is to have.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +31,8 @@ from penstock.errors import DataError, PenstockError
 from penstock.feed.bad import BadRecords
 from penstock.feed.columns import Place, Selection
 from penstock.feed.converter import Converter
+from penstock.feed.filling import key_of
+from penstock.feed.kept import KeptSpools
 from penstock.feed.shelf import Shelf
 from penstock.feed.spool import SpoolWriter
 
@@ -89,8 +95,35 @@ class Intake(Shelf):
             for arrival, bad in zip(self._arrivals, self._bad, strict=True)
         ]
         self._partition: _Partition | None = None
+        self._kept: KeptSpools | None = None
         for source, arrival in enumerate(self._arrivals):
             self.open(source, arrival.numbers)
+
+    def resume(self, place: str, run: str, wanted: Sequence[tuple[int, int, int, str]]) -> None:
+        """Takes what is kept here of an earlier run in the same directory.
+
+        Arguments:
+            place: where it is kept, and what this agent reads may be; see `KeptSpools`.
+            run: the run's directory.
+            wanted: source, partition, rows and checksum of each spool that is to be had.
+        """
+        self._kept = KeptSpools(Path(place), run)
+        for source, partition, rows, checksum in wanted:
+            key = self._key(source, partition, rows, checksum)
+            if self._kept.take(key, rows, checksum, self.reading(source, partition)):
+                where = {"source": source, "partition": partition}
+                self._tell({"event": "reading", **where})
+                self._tell({"event": "sum", **where, "of": "rows", "sum": f"{rows} {checksum}"})
+
+    def leave(self, keep: bool) -> None:
+        """Keeps what has been read to its end for a run that goes on from here, or nothing."""
+        assert self._kept is not None
+        if not keep:
+            self._kept.remove()
+            return
+        for source, partition, folder, end in self.whole():
+            with contextlib.suppress(OSError):  # it is read again then
+                self._kept.keep(self._key(source, partition, end.rows, end.checksum), folder)
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Takes rows in; those of a negative source are nobody's.
@@ -131,6 +164,10 @@ class Intake(Shelf):
         if self._partition is not None:
             self._partition.writer.abandon()
             self._partition = None
+
+    def _key(self, source: int, partition: int, rows: int, checksum: str) -> str:
+        arrival = self._arrivals[source]
+        return key_of(arrival.name, repr(arrival.selection), partition, rows, checksum)
 
     def _take(self, source: int, index: int, rows: pa.RecordBatch) -> None:
         import pyarrow as pa

@@ -23,6 +23,10 @@ class Partition:
     rows: int
 
 
+NO_CHECKSUM = "0" * 8
+"""Of a number that no partition has; that of a partition without rows is another."""
+
+
 class Part(TypedDict):
     """What a partition held that nobody had counted before: JSON values.
 
@@ -42,6 +46,15 @@ class Part(TypedDict):
 def partition_of(part: Part) -> Partition:
     """As a manifest has it: its name changes with its rows."""
     return Partition(f"partition-{part['partition']} {part['checksum']}", part["rows"])
+
+
+def counted(manifest: Manifest) -> dict[int, tuple[int, str]]:
+    """Of a manifest that `partition_of` has made: its partitions' rows and checksums, by number.
+
+    Of an open one there are none.
+    """
+    found = ((p.rows, p.name.rpartition(" ")[2]) for p in manifest.partitions)
+    return {number: each for number, each in enumerate(found) if each[1] != NO_CHECKSUM}
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,20 @@ import json
 import secrets
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from penstock.errors import DataError
 from penstock.feed.segment import WRITING, reserve
-from penstock.feed.spool import END, FAILED, LARGER_DISK, SpoolFolder, SpoolWriter, segment_name
+from penstock.feed.spool import (
+    END,
+    FAILED,
+    LARGER_DISK,
+    SpoolEnd,
+    SpoolFolder,
+    SpoolWriter,
+    segment_name,
+)
 
 PARTITIONS = "partitions.json"
 ALIVE = "alive"
@@ -71,6 +79,13 @@ class Shelf:
             if (path := folder / name).exists():
                 return ("segment", segment) if segment.exists() else (what, path)
         return None
+
+    def whole(self) -> Iterator[tuple[int, int, Path, SpoolEnd]]:
+        """The spools that this agent has read to their end: source, partition, folder, end."""
+        for folder in sorted(self._folder.glob("read/*/*")):
+            with contextlib.suppress(DataError):
+                if (end := SpoolEnd.read(folder)) is not None:
+                    yield int(folder.parent.name), int(folder.name), folder, end
 
     def is_here(self, folder: str, nonce: str) -> bool:
         """Whether an agent's folder is of this host."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from penstock.cluster.coordinator import Coordinator
-from penstock.errors import Fault, Interrupted, JobError, RunError
+from penstock.errors import Fault, Interrupted, JobError, PenstockError, RunError
 from penstock.exchange.agreement import Clip
 from penstock.feed import Manifest, Source
 from penstock.feed.bad import bad_of
@@ -230,7 +230,8 @@ def _run(
         )
         generations.rehearse()
         store.write("job.yaml", wanted.job_yaml.encode())
-        asked = Asked(wanted.name, url, workers, shards, wanted.device, frames, token)
+        began_with = {} if plan is None or resume_step is None else plan.manifests
+        asked = Asked(wanted.name, url, workers, shards, wanted.device, frames, began_with, token)
         launcher = stack.enter_context(place.opened(asked, shown.line))
         membership = Membership(
             workers,
@@ -262,8 +263,10 @@ def _run(
         finally:
             supervisor.close()
         supervisor.write_result(resume_step)
+        goes_on = isinstance(supervisor.error, Interrupted | Fault)
+        launcher.keep = goes_on and _counted(store, frames)
         if spools is not None:
-            spools.keep = isinstance(supervisor.error, Interrupted | Fault)
+            spools.keep = goes_on
     if supervisor.error is not None:
         raise supervisor.error
     return Run(store.url, job)
@@ -321,6 +324,15 @@ class _Generations:
         )
         environment = self.place.environment(self.plan.threads) | self.environment
         return payload.pack(self.head, assignment), environment
+
+
+def _counted(store: Store, frames: Iterable[str]) -> bool:
+    """Whether a run that goes on from here knows what rows a DataFrame had."""
+    with suppress(PenstockError):
+        if (saved := latest(store)) is not None:
+            manifests = Plan.from_dict(saved.json()["plan"]).manifests
+            return any(not manifests[name].open for name in frames)
+    return False
 
 
 def _absolute(url: str) -> str:

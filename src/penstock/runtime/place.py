@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,8 @@ from penstock.cluster.session import facts_of, has_session, is_spark, session_of
 from penstock.errors import DataError, Fault, JobError, UserError, did_you_mean
 from penstock.exchange import tree
 from penstock.feed.dataframe import DataFrameSource
+from penstock.feed.manifest import Manifest, counted
+from penstock.runtime.batches import UNCHANGED
 from penstock.runtime.decisions import devices
 from penstock.runtime.preload import PRELOAD
 
@@ -45,6 +48,7 @@ class Asked:
         workers, shards: of the run.
         device: the Job's.
         frames: the DataFrames that it reads, in order.
+        manifests: what a run that goes on began with, by source.
         token: of the run.
     """
 
@@ -54,6 +58,7 @@ class Asked:
     shards: int
     device: str
     frames: Mapping[str, DataFrameSource]
+    manifests: Mapping[str, Manifest]
     token: str
 
 
@@ -212,10 +217,16 @@ class OnSpark:
         inputs, arrivals = [], []
         for name, source in asked.frames.items():
             frame = source.frame_of(self._session)
-            frame, count = _spread(frame, name, asked.shards, say)
+            known = counted(asked.manifests[name]) if name in asked.manifests else {}
+            if known:  # it may not be needed: its partitions are not counted, for Spark may run it
+                count, make = len(known), partial(_as_before, frame, name, asked.shards, len(known))
+            else:
+                frame, count = _spread(frame, name, asked.shards, say)
+                make = partial(_given, frame)
             arrival = source.arrival(name, count, asked.shards, f"{asked.url}/quarantine")
             arrivals.append(arrival)
-            inputs.append(Input(name, frame, arrival.numbers))
+            kept = {number: part for number, part in known.items() if part[0]}
+            inputs.append(Input(name, make, arrival.numbers, kept))
         code = pack_code()
         say(words(code, self._environment))
         launcher = SparkLauncher(
@@ -223,6 +234,7 @@ class OnSpark:
             asked.token,
             self._facts,
             code,
+            asked.url,
             inputs,
             "penstock.feed.intake:Intake",
             pickle.dumps(arrivals),
@@ -330,6 +342,21 @@ def _spread(frame: Any, name: str, shards: int, say: Say) -> tuple[Any, int]:
     number = f"{count} partition" + ("" if count == 1 else "s")
     say(f"{name}: {number} for {shards} shards: its rows are dealt out anew")
     return frame.repartition(shards), shards
+
+
+def _given(frame: Any) -> Any:
+    return frame
+
+
+def _as_before(frame: Any, name: str, shards: int, before: int) -> Any:
+    """The frame as a run had it whose manifest is known."""
+    frame, count = _spread(frame, name, shards, lambda line: None)
+    if count != before:
+        raise DataError(
+            f"{name} has changed since the run began: {count} partitions, {before} then",
+            hint=UNCHANGED,
+        )
+    return frame
 
 
 def partitions(frame: Any) -> int:

@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,8 +21,8 @@ from pathlib import Path
 
 from penstock.errors import RunError
 from penstock.feed.filling import SPOOL
+from penstock.feed.kept import KEPT_S, own_folder
 
-KEPT_S = 24 * 3600.0
 LOCK = "in-use"
 
 
@@ -42,14 +41,7 @@ class RunSpools:
         digest = hashlib.sha256(url.encode()).hexdigest()[:12]
         self.folder = root / f"{Path(url).name}-{digest}"
         try:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = root.lstat()
-            if (
-                found.st_uid != os.getuid()
-                or not stat.S_ISDIR(found.st_mode)
-                or found.st_mode & 0o022
-            ):
-                raise PermissionError(f"{root} is not a folder of this user alone")
+            own_folder(root)
             self.folder.mkdir(mode=0o700, exist_ok=True)
             self._lock = open(self.folder / LOCK, "wb")  # noqa: SIM115
         except OSError as error:
