@@ -383,3 +383,15 @@ def test_forward_in_bfloat16() -> None:
     products = [node for node in graph.nodes if node.op == "aten.mm.default"]
     assert {graph.specs[node.name].dtype for node in products} == {torch.bfloat16}
     assert all(graph.specs[name].dtype == torch.float32 for name in inputs if "weight" in name)
+
+
+def test_products_over_several_batch_dims_are_not_folded() -> None:
+    """Attention with dropout is products of (batch, heads, i, k), which can be split by heads."""
+    example = tiny("gpt")
+    graph = capture(example.network, example.loss, example.batch, SGD)
+    products = [node for node in graph.nodes if node.op == "aten.matmul.default"]
+    assert len(products) == 2 * 6  # two of each layer, and two backward of each
+    assert not [node for node in graph.nodes if node.op == "aten.bmm.default"]
+    for node in products:
+        a, b = (graph.specs[name].shape for name in node.inputs)
+        assert a[:2] == b[:2] == (6, 4)

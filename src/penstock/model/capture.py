@@ -40,6 +40,7 @@ from penstock.errors import NetworkError
 from penstock.model.clipping import Clipping
 from penstock.model.decompositions import DECOMPOSITIONS, fresh_salts
 from penstock.model.graph import Graph, Input, Node, Output, Phase, Ref, Role, Spec
+from penstock.model.unfold import unfolded
 from penstock.model.updates import GRADIENT, PARAMETER, RATE, SAME, SKIPPED, OptimizerMaker, Updates
 
 __all__ = ["Step", "capture"]
@@ -55,6 +56,7 @@ HINT = (
     "values of tensors (torch.where, torch.cond), no .item(), no numpy; or train it with "
     "strategy all_reduce, which takes any network"
 )
+FULL = "aten.full.default"
 READABLE = {
     "_local_scalar_dense": "it reads a number out of a tensor",
     "aten.nonzero": "the size of a result depends on values (a mask as index, nonzero)",
@@ -115,6 +117,7 @@ def capture(
         warnings.simplefilter("ignore")
         builder = _Builder(_joint(network, loss, batch, autocast), _first_names(network))
         builder.add_all(batch)
+        builder.unfold()
         builder.clip(clipping or Clipping())
         if optimizer is None:
             builder.give_gradients()
@@ -250,6 +253,12 @@ class _Builder:
                 case "output":
                     self._finish(node)
 
+    def unfold(self) -> None:
+        """Takes products over several batch dims for what they are."""
+        nodes = unfolded(self._nodes, self._specs)
+        needed = {output.name for output in self._outputs} | {*self._gradients.values()}
+        self._nodes = _without_dead(nodes, needed)
+
     def clip(self, clipping: Clipping) -> None:
         """Limits the gradients."""
         clipped = clipping.nodes(self._gradients, self._specs)
@@ -340,6 +349,9 @@ class _Builder:
             self._names[node] = self._names[cast("fx.Node", node.args[0])]
             return
         args, kwargs = self._argument(node.args), self._argument(dict(node.kwargs))
+        if (filled := _filling(op, args)) is not None:  # of a shape, and not of another tensor
+            spec = Spec.of(value)
+            op, args, kwargs = FULL, (spec.shape, filled), {"dtype": spec.dtype}
         if op == "penstock.uniform.default":
             args = (Ref(SEED), *args[1:])
         values = value if isinstance(value, tuple | list) else (value,)
@@ -386,9 +398,7 @@ class _Builder:
         if node not in self._names:
             spec = Spec.of(node.meta["val"])
             args = (spec.shape, 1.0)
-            made = Node(
-                "one", "aten.full.default", args, {"dtype": spec.dtype}, ("one",), "backward"
-            )
+            made = Node("one", FULL, args, {"dtype": spec.dtype}, ("one",), "backward")
             self._nodes.append(made)
             self._specs["one"] = spec
             self._names[node] = "one"
@@ -423,6 +433,16 @@ class _Builder:
             self._nodes.append(Node(name, "aten.add.Tensor", both, {}, (name,), "backward"))
             self._specs[name] = self._specs[target]
         self._gradients[target] = name
+
+
+def _filling(op: str, args: tuple[Any, ...]) -> Any:
+    """The number with which an operator fills a tensor that is like another; None for others."""
+    name = op.split(".")[1]
+    if name in ("zeros_like", "new_zeros", "ones_like", "new_ones"):
+        return 1 if "ones" in name else 0
+    if name == "full_like":
+        return args[1]
+    return args[2] if name == "new_full" else None
 
 
 def _names_of(name: str, value: Any) -> list[str]:
