@@ -166,6 +166,15 @@ def test_parameters_that_are_computed() -> None:
     compare(small(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), x), SGD)
 
 
+class Inverse(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) @ torch.linalg.inv(torch.eye(3, dtype=x.dtype) * 2)
+
+
+def test_operators_that_check_their_numbers() -> None:
+    compare(small(Inverse(4, 3), torch.randn(6, 4, dtype=torch.float64)), SGD)
+
+
 def test_batch_norm_that_does_not_learn() -> None:
     network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     network[1].eval()

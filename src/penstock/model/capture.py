@@ -57,6 +57,9 @@ HINT = (
     "strategy all_reduce, which takes any network"
 )
 FULL = "aten.full.default"
+TOKEN = "a token"
+CHECKS = (torch.ops.aten._linalg_check_errors.default,)
+"""Raise where numbers are not as expected, and give nothing: left out."""
 READABLE = {
     "_local_scalar_dense": "it reads a number out of a tensor",
     "aten.nonzero": "the size of a result depends on values (a mask as index, nonzero)",
@@ -315,6 +318,8 @@ class _Builder:
             self._names[node] = target
         elif "Tangent" in type(described).__name__:
             self._ones.add(node)
+        elif "Token" in type(described).__name__:  # orders what has effects
+            self._names[node] = TOKEN
         else:
             name = next(data)
             self._input(name, "data", name, spec)
@@ -339,6 +344,9 @@ class _Builder:
         if node.target is operator.getitem:
             source, number = node.args
             self._names[node] = cast("Any", self._names[source][number])  # type: ignore[index]
+            return
+        if node.target is torch.ops.higher_order.with_effects and node.args[1] in CHECKS:
+            self._names[node] = (TOKEN,)
             return
         op = _name_of(node)
         value = node.meta["val"]
