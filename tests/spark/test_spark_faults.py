@@ -23,6 +23,7 @@ from test_training import SIZES, digits, frame, here
 from torch import nn
 
 from penstock import Callback, Job, Run, feed
+from penstock.cluster.launcher import AgentJoined, AgentLost
 from penstock.cluster.spark import SparkLauncher
 from penstock.errors import WorkerLost
 from penstock.runtime.place import OnSpark
@@ -98,14 +99,20 @@ class Kills(Callback):
 
 @pytest.fixture
 def double(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Appears when a double of an agent is told to wait."""
-    sign, tell = tmp_path / "double", SparkLauncher.wait
+    """Appears when a double of an agent is told to stand by, or to leave."""
+    sign = tmp_path / "double"
 
-    def wait(launcher: SparkLauncher, agent: int) -> None:
-        sign.touch()
-        tell(launcher, agent)
+    def watch(name: str) -> None:
+        tell = getattr(SparkLauncher, name)
 
-    monkeypatch.setattr(SparkLauncher, "wait", wait)
+        def told(launcher: SparkLauncher, *values: Any) -> None:
+            sign.touch()
+            tell(launcher, *values)
+
+        monkeypatch.setattr(SparkLauncher, name, told)
+
+    watch("wait")
+    watch("leave")
     return sign
 
 
@@ -227,15 +234,28 @@ def test_a_rank_that_spark_takes_for_done(
 ) -> None:
     """With a slot to spare, the loss of one rank's executor has Spark run the other's task again;
     the double leaves, Spark counts that rank as done, and does not bring it back when it is lost.
+    Nor is the rank given to the double, which takes its time to leave.
     """
     gathered: list[int] = []
-    again = SparkLauncher._gather_again
+    again, poll = SparkLauncher._gather_again, SparkLauncher.poll
+    there: dict[int, int] = {}  # ranks by agent
 
     def gather_again(launcher: SparkLauncher) -> Any:
         gathered.append(1)
         return again(launcher)
 
+    def told(launcher: SparkLauncher) -> Any:
+        events = poll(launcher)
+        for event in events:
+            if isinstance(event, AgentJoined):
+                assert event.rank not in there.values(), f"{event} beside one of {there}"
+                there[event.agent] = event.rank
+            elif isinstance(event, AgentLost):
+                there.pop(event.agent, None)
+        return events
+
     monkeypatch.setattr(SparkLauncher, "_gather_again", gather_again)
+    monkeypatch.setattr(SparkLauncher, "poll", told)
     cluster.start_worker()
     spark = session(**{"spark.cores.max": "3"})
     kills = Kills(tmp_path, (EXECUTOR, 1, 10), (AGENT, 0, 14))

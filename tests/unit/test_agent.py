@@ -379,7 +379,11 @@ def test_it_says_who_it_is(driver: Driver) -> None:
     assert agent.hello["facts"]["gpus"] == ["1", "5"]
     assert agent.hello["facts"]["cpus"] == 2
     assert agent.hello["facts"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert not agent.hello["first"]
     leave(agent)
+    again = driver.agent(rank=3, attempt=0)  # of its stage, which Spark runs again
+    assert again.hello["first"]
+    leave(again)
 
 
 def test_it_does_not_join_another_run(driver: Driver) -> None:
@@ -653,23 +657,6 @@ def test_a_fork_server_that_is_killed_is_told_of_and_made_anew(driver: Driver) -
 
 
 # Its end
-
-
-def test_a_first_attempt_that_is_to_wait_gives_its_slot_back(driver: Driver) -> None:
-    agent = driver.agent(attempt=0)
-    agent.event("ready")
-    agent.do("wait")
-    assert agent.result(within_s=SOON_S) == "gave []"
-
-
-def test_a_later_attempt_stands_by(driver: Driver) -> None:
-    agent = driver.agent(attempt=1)
-    agent.event("ready")
-    agent.do("wait")
-    agent.event("heard")
-    agent.start("show")  # the rank has become its own
-    assert agent.worker("exited")["code"] == 7
-    leave(agent)
 
 
 def test_nothing_is_left_when_it_leaves(driver: Driver) -> None:

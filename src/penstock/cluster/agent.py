@@ -7,7 +7,7 @@ says who is to have what (`directory`). It dies with its worker and the worker w
 fork server ends when this process's socket closes; the agent ends when the driver's connection
 does, or when Spark kills it. No tensor library is imported here.
 
-    agent -> driver    hello: role, rank, attempt, host, job, facts
+    agent -> driver    hello: role, rank, attempt, first, host, job, facts
                        {"event": "heard"}                        every second, from a thread
                        {"event": "serving" | "kept" | "reading" | "sum" | "read", ...}: see
                                                                  `directory`
@@ -17,7 +17,7 @@ does, or when Spark kills it. No tensor library is imported here.
                        {"event": "worker", "generation", "what": started | output | exited, ...}
     driver -> agent    {"do": "start", "generation", "target", "environment", "folder"} and payload
                        {"do": "take" | "drop" | "empty", ...}: see `directory`
-                       {"do": "end"}  {"do": "wait"}
+                       {"do": "end"}
                        {"do": "leave", "keep"}                   true: what it has read is to
                                                                  outlive it; false: nothing of the
                                                                  run is; null: nothing of its own
@@ -175,6 +175,7 @@ def run(code: str, ordered: dict[str, Any], batches: Iterator[Any]) -> Iterator[
         "role": "agent",
         "rank": rank,
         "attempt": context.taskAttemptId(),
+        "first": context.attemptNumber() == 0,  # of its stage's attempt
         "host": socket.gethostname(),
         "job": orders.job,
         "facts": facts() | {"gpus": addresses, "cpus": context.cpus()},
@@ -192,8 +193,7 @@ def run(code: str, ordered: dict[str, Any], batches: Iterator[Any]) -> Iterator[
         ):
             spool = {SPOOL: str(folder / "spool")}
             workers = LocalWorkers(orders.preload, environment | spool)
-            first = context.attemptNumber() == 0
-            agent = _Agent(channel, workers, rank, orders, str(folder), first)
+            agent = _Agent(channel, workers, rank, orders, str(folder))
             try:
                 with agent.heard(), agent.reading(batches):
                     agent.serve()  # a driver that is gone fails the task: Spark tries it anew
@@ -220,10 +220,9 @@ class _Agent:
         rank: int,
         orders: Orders,
         folder: str,
-        first: bool,
     ) -> None:
         self._channel, self._workers, self._rank = channel, workers, rank
-        self._orders, self._folder, self._first = orders, folder, first
+        self._orders, self._folder = orders, folder
         self._generation = 0
         self._over = threading.Event()
         self._errors: list[BaseException] = []  # that have ended a thread
@@ -387,11 +386,6 @@ class _Agent:
                 self._workers.kill(self._rank)
             case "take" | "drop" | "empty" if self._sink is not None:
                 self._share(self._sink, message)
-            case "wait":
-                # A first attempt at a rank that is held: Spark runs the stage again for the sake
-                # of another rank, which may need this very slot.
-                self._keep = None if self._first else self._keep
-                return self._first
             case "leave":
                 self._keep = message["keep"]
                 return True

@@ -16,7 +16,8 @@ The agents take all slots they need and keep them until the run is over. Spark s
 lost once more, but none that ever ended well. A double of an agent ends well when it makes room
 (after an executor was lost, Spark runs the others' tasks a second time as well), and so does an
 agent that was told to leave. Where such a rank loses its agent, all agents leave and come anew, as
-another job.
+another job. A double that makes room takes seconds to end, its fork server's imports: nothing is
+told of it, or it would be given the rank that it is about to leave.
 """
 
 from __future__ import annotations
@@ -201,8 +202,7 @@ class SparkLauncher:
         self._coordinator.send(agent, {"do": "end"})
 
     def wait(self, agent: int) -> None:
-        self._excuse(agent)
-        self._coordinator.send(agent, {"do": "wait"})
+        """It does so untold: it has no worker, and ends when it is told to."""
 
     def leave(self, agent: int, reason: str) -> None:
         self._excuse(agent)
@@ -221,8 +221,15 @@ class SparkLauncher:
             if peer.number in self._gone:
                 continue
             if message is peer.hello:
-                self._ranks[peer.number] = int(message["rank"])
-                self._say(self._directory.joined(peer.number, int(message["rank"])))
+                rank = int(message["rank"])
+                held = rank in self._ranks.values()
+                self._ranks[peer.number] = rank
+                if held and message["first"]:
+                    # Spark runs the stage again for the sake of another rank, which may need this
+                    # very slot.
+                    self.leave(peer.number, f"rank {rank} is held")
+                    continue
+                self._say(self._directory.joined(peer.number, rank))
             elif message is None:
                 self._lost = True
                 self._forget(peer.number)
