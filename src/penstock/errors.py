@@ -9,6 +9,7 @@ PenstockError
 ├── TrainingError        training itself ended the run                          (exit code 1)
 │   ├── WorkerFailed         the user's code raised in a worker
 │   └── Diverged             loss or gradient not finite
+├── PlanError            a plan contradicts itself: Penstock's own fault        (exit code 1)
 ├── Interrupted          Ctrl-C or SIGTERM; resumable                               (exit code 130)
 └── Fault                the machine's doing: the run can go on from its last   (exit code 3)
     │                    checkpoint
@@ -84,6 +85,10 @@ class WorkerFailed(TrainingError):
 
 class Diverged(TrainingError):
     """Loss or gradient not finite: names step, shard and parameter."""
+
+
+class PlanError(PenstockError):
+    """A plan, or a rank's program of it, contradicts itself: names rank, instruction and tensor."""
 
 
 class Interrupted(PenstockError, KeyboardInterrupt):

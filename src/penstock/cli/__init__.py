@@ -135,6 +135,75 @@ def validate(job_file: JobFile, overrides: Overrides = None) -> None:
     print(f"{job_file}: good", file=sys.stderr)
 
 
+@app.command("plan")  # whose module has that name here
+def plan_command(
+    job_file: JobFile,
+    on: Annotated[
+        Path, typer.Option(metavar="CLUSTER.json", help="See penstock doctor --save.")
+    ],
+    explain: Annotated[
+        str | None,
+        typer.Option(metavar="PARAMETER", help="Why it lies so, and what the next best costs."),
+    ] = None,
+    pins: Annotated[
+        list[str] | None,
+        typer.Option("--pin", metavar="NAME=S0", help="How a parameter or module is to lie."),
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the plan there, as JSON.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a picture of it there, as HTML.")
+    ] = None,
+    diff: Annotated[
+        Path | None, typer.Option(metavar="PLAN", help="What another plan decides otherwise.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decide how a job's step is split over a cluster, without running it."""
+    from rich.console import Console
+
+    from penstock.cli.plan import show
+    from penstock.job import Job
+    from penstock.plan.picture import picture as drawn
+    from penstock.plan.step import StepPlan
+    from penstock.runtime.planning import explained, plan
+
+    other = None if diff is None else StepPlan.load(diff)
+    job = Job.from_yaml(job_file, overrides or [])
+    if explain is not None:
+        for line in explained(job, on, explain, pins=_pins(pins or [])):
+            print(line)
+        return
+    found = plan(job, on, pins=_pins(pins or []))
+    if other is not None:
+        for line in other.differences(found):
+            print(line)
+    elif as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        show(found, Console())
+    if save is not None:
+        found.save(save)
+    if picture is not None:
+        try:
+            picture.write_text(drawn(found))
+        except OSError as error:
+            raise RunError(
+                f"--picture {picture}: {error}", hint="name a file that can be made"
+            ) from error
+
+
+def _pins(pairs: list[str]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise JobError(
+                f"--pin {pair}: expected NAME=LAYOUT", hint="--pin classifier.0.weight=S0"
+            )
+    return {name: layout for name, _, layout in (pair.rpartition("=") for pair in pairs)}
+
+
 @app.command()
 def evaluate(run_directory: RunDirectory, as_json: AsJson = False) -> None:
     """Score a run's network on its job's test source."""
@@ -152,8 +221,23 @@ def doctor_command(
     workers: Annotated[int, typer.Option(min=2, max=64, help="Processes, with --network.")] = 2,
     save: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="With --network: write the links there, as JSON."),
+        typer.Option(
+            metavar="FILE",
+            help="Measure this machine, and write it there as a cluster to plan for; "
+            "with --network: the links alone.",
+        ),
     ] = None,
+    hosts: Annotated[int, typer.Option(min=1, help="Of the cluster, all like this one.")] = 1,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Of each host: workers [default: 2], or GPUs.")
+    ] = None,
+    far_bandwidth: Annotated[
+        str | None, typer.Option(metavar="10Gbit", help="Of a host's link to the others.")
+    ] = None,
+    far_latency: Annotated[
+        str | None, typer.Option(metavar="50us", help="Between hosts [default: as within one].")
+    ] = None,
+    cuda: Annotated[bool, typer.Option("--cuda", help="Devices are GPUs.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Examine this machine: what training needs, and the fix for each thing missing."""
@@ -161,8 +245,19 @@ def doctor_command(
 
     from penstock.cli.doctor import examine, show
 
-    if network or save is not None:
+    if network:
         _examine_network(workers, save, as_json)
+        return
+    if save is not None:
+        from penstock.cli import hardware
+
+        hardware.check_writable(save)
+        cluster = hardware.measure(hosts, devices, far_bandwidth, far_latency, cuda=cuda)
+        if as_json:
+            print(json.dumps(cluster.to_json(), indent=1))
+        else:
+            hardware.show(cluster, Console())
+        cluster.save(save)
         return
     findings = examine()
     if as_json:

@@ -480,7 +480,9 @@ def _flat(tensor: torch.Tensor, written: bool = False) -> torch.Tensor:
     if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
         if tensor.requires_grad:
             tensor = tensor.detach()
-        return tensor if tensor.dim() == 1 else tensor.view(-1)
+        flat = tensor if tensor.dim() == 1 else tensor.view(-1)
+        # One element counts as contiguous in whatever stride, and has no bytes to be seen as then.
+        return flat if flat.stride(0) == 1 else flat.as_strided(flat.shape, (1,))
     if not tensor.is_cpu or tensor.layout != torch.strided:
         raise UserError(
             f"a {tensor.layout} tensor on {tensor.device}: this group moves dense CPU tensors",

@@ -10,10 +10,12 @@ import torch
 
 from penstock.errors import DataError
 from penstock.feed.dataframe import DataFrameSource
+from penstock.feed.manifest import Manifest
 from penstock.feed.mapped import origin
+from penstock.feed.source import Source
 from penstock.job import Job
 from penstock.runtime import loop, payload
-from penstock.runtime.batches import Feed
+from penstock.runtime.batches import Batch, Feed
 from penstock.runtime.shards import preserved, seed
 from penstock.runtime.supply import Supply
 
@@ -48,19 +50,7 @@ def check(job: Job) -> list[str]:
             manifest = source.manifest()
             if manifest.rows == 0:
                 raise DataError(f"{name}: there are no records", hint="is the folder empty?")
-            rows = manifest.shard_rows(job.shards)
-            shard = max(range(job.shards), key=lambda s: rows[s])
-            feed = Feed(
-                name,
-                source,
-                manifest,
-                range(shard, shard + 1),
-                job.shards,
-                job.seed,
-                torch.device("cpu"),
-            )
-            with closing(Supply(feed, partial(feed.in_order, 0, job.batch_size))) as supply:
-                batch = next(supply.batches())
+            batch, shard = first_batch(job, name, source, manifest)
             loss = loop.loss_of_batch(network, loss_of, batch, f"{name}, shard {shard}")
             lines.append(
                 f"{name:8} {manifest.rows:,} records in {len(manifest.partitions)} partitions; "
@@ -76,3 +66,14 @@ def check(job: Job) -> list[str]:
         f"strategy {type(job.strategy).__name__}, {job.shards} shards on {job.workers} workers"
     )
     return lines
+
+
+def first_batch(job: Job, name: str, source: Source, manifest: Manifest) -> tuple[Batch, int]:
+    """The first batch of the shard with most rows, on the CPU; and that shard."""
+    rows = manifest.shard_rows(job.shards)
+    shard = max(range(job.shards), key=lambda s: rows[s])
+    shards = range(shard, shard + 1)
+    device = torch.device("cpu")
+    feed = Feed(name, source, manifest, shards, job.shards, job.seed, device)
+    with closing(Supply(feed, partial(feed.in_order, 0, job.batch_size))) as supply:
+        return next(supply.batches()), shard

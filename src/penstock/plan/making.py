@@ -1,0 +1,301 @@
+"""From a captured step and a cluster to its plan: the search, what a rank holds, and the words.
+
+    search ──► assignment ──► rank 0's program ──► memory ──► does it fit?
+       ▲                                                        │ no
+       └── with forward run again in backward, cheapest first ◄─┘
+
+The rank with most has its parts at the ends of uneven cuts, which are largest at the last one: so
+memory is that of the last rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from penstock.errors import NetworkError
+from penstock.model.graph import Graph, Node
+from penstock.plan.assignment import Assignment, Change
+from penstock.plan.cost import flops
+from penstock.plan.footprint import footprint
+from penstock.plan.hardware import Cluster
+from penstock.plan.layout import in_words, largest_shape
+from penstock.plan.lower import lower
+from penstock.plan.memory import in_bytes, pack
+from penstock.plan.pins import Pins
+from penstock.plan.price import ClusterPrices, Price
+from penstock.plan.recompute import AGAIN, Recomputation
+from penstock.plan.rules import has_rule
+from penstock.plan.search import GAP, TIME_LIMIT_S, Found, Search
+from penstock.plan.step import Layer, Memory, Route, StepPlan, Times
+
+POINTS = 240
+"""Of a memory timeline that is written down."""
+TRIES = 4
+"""Budgets that are tried for what runs again."""
+
+
+def plan_step(
+    graph: Graph,
+    cluster: Cluster,
+    *,
+    network: str = "network",
+    batch: int = 0,
+    sizes: Sequence[int] | None = None,
+    pins: Pins | None = None,
+    gap: float = GAP,
+    time_limit_s: float = TIME_LIMIT_S,
+) -> StepPlan:
+    """Decides how a step is split.
+
+    Arguments:
+        graph: the captured step.
+        network, batch: its name and examples, for people.
+        sizes: of the mesh's axes; those of the cluster.
+        pins: what has been decided about parameters; see `pins`.
+        gap, time_limit_s: of the search.
+
+    Raises:
+        JobError: a pin is not possible.
+        NetworkError: no plan fits into the memory of a device; says what would.
+    """
+    search = Search(graph, cluster, sizes, pins=pins)
+    found = search.find(gap=gap, time_limit_s=time_limit_s)
+    prices = search.prices
+    assert isinstance(prices, ClusterPrices)
+    split = _fitting(_Split(graph, found.assignment, cluster, prices))
+    times = _times(found.price)
+    notes = [*_of_search(found), *split.notes()]
+    return StepPlan(
+        network=network,
+        batch=batch,
+        graph=graph.fingerprint,
+        cluster=cluster,
+        assignment=split.assignment,
+        origin=found.origin,
+        times=replace(
+            times,
+            step_s=times.step_s + split.again_s,
+            compute_s=times.compute_s + split.again_s,
+            peak_bytes=split.lifetimes.peak_bytes,
+        ),
+        beside={name: _times(priced) for name, (_, priced) in found.presets.items()},
+        layers=split.layers(),
+        routes=split.routes(),
+        memory=split.memory(),
+        recomputed=split.recomputed,
+        notes=tuple(notes),
+    )
+
+
+def _times(found: Price) -> Times:
+    return Times(found.step_s, found.compute_s, found.exchange_s, found.exposed_s)
+
+
+def _of_search(found: Found) -> list[str]:
+    best = min(found.presets.values(), key=lambda one: one[1].step_s)[1].step_s
+    words = [
+        f"found in {found.seconds:.1f} s, at most {found.gap:.1%} above the best there is "
+        f"(of {found.binaries:,} choices, for {found.classes:,} places that are unlike)"
+    ]
+    if found.timed_out:
+        words.append("the time limit came before the search was done: a longer one may find better")
+    if found.origin != "search":
+        words.append(f"the known way {found.origin.replace('_', ' ')} is the best")
+    elif best > found.price.step_s * 1.001:
+        words.append(
+            f"the best of the known ways takes {best / found.price.step_s:.2f} times as long"
+        )
+    return words
+
+
+class _Split:
+    """A graph in an assignment, and all that follows from it.
+
+    Arguments:
+        recomputed: forward nodes that run again in backward, where `graph` is that step.
+        again_s: what they take.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        assignment: Assignment,
+        cluster: Cluster,
+        prices: ClusterPrices,
+        recomputed: tuple[str, ...] = (),
+        again_s: float = 0.0,
+    ) -> None:
+        self.graph, self.assignment, self.cluster, self.prices = graph, assignment, cluster, prices
+        self.recomputed, self.again_s = recomputed, again_s
+        self._first = {n.name: n for n in graph.nodes if not n.name.endswith(AGAIN)}
+        self._changes = list(assignment.ways(graph, prices.routes))
+        last = math.prod(assignment.sizes) - 1
+        (program,) = lower(graph, assignment, prices.routes, ranks=[last])
+        self.lifetimes = footprint(program)
+
+    def seconds(self, node: Node) -> float:
+        """What a node takes on the rank with most of it; a second time as at the first."""
+        first = self._first[node.name.removesuffix(AGAIN)]
+        return self.prices.operator_s(first, self.assignment.nodes[first.name])
+
+    def with_again(self, budget_bytes: int) -> _Split | None:
+        """With so much of forward run again that a step should fit; None: not possible."""
+        graph, sizes = self.graph, self.assignment.sizes
+        specs = {
+            name: replace(spec, shape=largest_shape(spec.shape, layout, sizes))
+            for name, spec in graph.specs.items()
+            for layout in [self.assignment.layout_of(graph, name)]
+        }
+        candidate = Recomputation(graph, self.seconds, specs).within(budget_bytes)
+        if candidate is None:
+            return None
+        nodes = dict(self.assignment.nodes)
+        for node in candidate.graph.nodes:
+            if node.name not in nodes:
+                nodes[node.name] = nodes[node.name.removesuffix(AGAIN)]
+        return _Split(
+            candidate.graph,
+            replace(self.assignment, nodes=nodes),
+            self.cluster,
+            self.prices,
+            tuple(sorted(candidate.names)),
+            candidate.extra_s,
+        )
+
+    def notes(self) -> list[str]:
+        """What a person should know of it."""
+        told = []
+        whole_s = sum(map(self.seconds, self.graph.nodes)) or 1.0
+        unruled: dict[str, float] = {}
+        for node in self.graph.nodes:
+            if not has_rule(node.op):
+                unruled[node.op] = unruled.get(node.op, 0.0) + self.seconds(node)
+        for op, seconds in unruled.items():
+            cost = f"{seconds / whole_s:.1%} of computing"
+            told.append(f"{op} has no rule: every rank computes all of it, {cost}")
+        if self.recomputed:
+            told.append(
+                f"{len(self.recomputed)} operators of forward run again in backward, so that a "
+                f"step fits: {self.again_s / whole_s:.0%} more computing"
+            )
+        return told
+
+    def layers(self) -> tuple[Layer, ...]:
+        """A layer for each module that computes, in the order of forward."""
+        graph = self.graph
+        of: dict[str, list[Node]] = {}
+        for node in graph.nodes:
+            of.setdefault(node.module, []).append(node)
+        parameters: dict[str, dict[str, tuple[str, str]]] = {}
+        for item in graph.inputs:
+            if item.role == "parameter":
+                words = in_words(self.assignment.layout_of(graph, item.name))
+                of.setdefault(item.target.rpartition(".")[0], [])
+                parameters.setdefault(item.target.rpartition(".")[0], {})[item.target] = (
+                    str(graph.specs[item.name]),
+                    words,
+                )
+        exchanged: dict[str, list[Change]] = {}
+        for change in self._changes:
+            exchanged.setdefault(_module_of(change), []).append(change)
+        return tuple(
+            Layer(
+                module,
+                parameters.get(module, {}),
+                sum(map(self.seconds, nodes)),
+                sum(c.way.cost_s for c in exchanged.get(module, ()) if not _is_late(c)),
+                sum(c.way.sent_bytes for c in exchanged.get(module, ())),
+                self._splits(nodes),
+            )
+            for module, nodes in of.items()
+        )
+
+    def _splits(self, nodes: Sequence[Node]) -> str:
+        """How the heaviest forward operator reads and gives: `[S0] x [B] -> [S0]`."""
+        forward = [node for node in nodes if node.phase == "forward"] or list(nodes)
+        if not forward:
+            return ""
+        specs = self.graph.specs
+        node = max(forward, key=lambda n: (flops(n, specs), self.seconds(n)))
+        reads = [in_words(self.assignment.read_as(self.graph, node, n)) for n in
+                 range(len(node.inputs))]  # fmt: skip
+        gives = next(name for name in node.outputs if name is not None)
+        return f"{' x '.join(reads)} -> {in_words(self.assignment.layout_of(self.graph, gives))}"
+
+    def routes(self) -> tuple[Route, ...]:
+        """Everything that goes between ranks, in the order in which it is made."""
+        return tuple(
+            Route(
+                change.tensor,
+                _module_of(change),
+                in_words(change.source),
+                in_words(change.target),
+                change.way.sent_bytes,
+                change.way.cost_s,
+                _is_late(change),
+            )
+            for change in self._changes
+            if change.way.sent_bytes
+        )
+
+    def memory(self) -> Memory:
+        """What the rank with most holds."""
+        lifetimes, peak = self.lifetimes, self.lifetimes.peak
+        every = max(1, len(lifetimes.timeline) // POINTS)
+        line = lifetimes.timeline
+        return Memory(
+            limit_bytes=int(self.cluster.device.memory_bytes),
+            resident_bytes=lifetimes.resident_bytes,
+            peak_bytes=lifetimes.peak_bytes,
+            arena_bytes=pack(lifetimes).arena_bytes,
+            timeline=tuple(int(max(line[n : n + every])) for n in range(0, len(line), every)),
+            largest=tuple(map(str, peak.storages[:8])),
+        )
+
+
+def _fitting(split: _Split) -> _Split:
+    """The split, with as much run again as memory asks for.
+
+    Raises:
+        NetworkError: there is not enough, whatever runs again.
+    """
+    limit = int(split.cluster.device.memory_bytes)
+    least, budget = split, limit
+    for _ in range(TRIES):
+        if least.lifetimes.peak_bytes <= limit:
+            return least
+        found = split.with_again(budget)
+        if found is None:
+            break
+        # What routes hold beside is not in the budget of the first try.
+        budget -= max(found.lifetimes.peak_bytes - limit, limit // 100)
+        if found.lifetimes.peak_bytes < least.lifetimes.peak_bytes:
+            least = found
+    if least.lifetimes.peak_bytes <= limit:
+        return least
+    raise _too_large(split, least, limit)
+
+
+def _too_large(split: _Split, least: _Split, limit: int) -> NetworkError:
+    peak = least.lifetimes.peak
+    largest = "; ".join(map(str, peak.storages[:5]))
+    what = "even with forward run again in backward" if least is not split else "at its peak"
+    return NetworkError(
+        f"no plan fits: {what} a rank holds {in_bytes(peak.num_bytes)}, of which "
+        f"{in_bytes(least.lifetimes.resident_bytes)} for parameters, state and batch; expected at "
+        f"most {in_bytes(limit)}, the memory of a device. The largest: {largest}",
+        hint="more devices, a smaller batch, or a pin that splits the largest parameter",
+    )
+
+
+def _module_of(change: Change) -> str:
+    """Of the first that reads it; of the parameter whose new value it is."""
+    if change.consumers:
+        return change.consumers[0].module
+    return change.outputs[0].target.partition("/")[0].rpartition(".")[0]
+
+
+def _is_late(change: Change) -> bool:
+    return all(node.phase == "update" for node in change.consumers)
