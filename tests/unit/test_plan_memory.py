@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from penstock.model import zoo
 from penstock.model.capture import capture
-from penstock.model.graph import Graph
+from penstock.model.graph import Graph, Input, Node, Output, Ref, Spec
 from penstock.plan.memory import (
     Event,
     Lifetimes,
@@ -25,6 +25,7 @@ from penstock.plan.memory import (
     pack,
     roots,
 )
+from penstock.plan.scratch import scratch_bytes
 from penstock.testing.memory import Stepper, measured_peak
 from penstock.testing.networks import ADAMW, Example, following, tiny
 
@@ -179,6 +180,82 @@ def test_new_values_take_the_places_of_old_ones() -> None:
     )
     assert first not in in_place(longer)
     assert first in in_place(graph)
+
+
+def test_only_what_may_be_is_written_in_place() -> None:
+    """Three parameters: one renewed by a pointwise operator, one by a product, one through a view
+    of itself."""
+    square = Spec((8, 8), torch.float32)
+    names = ("plain", "product", "turned")
+    nodes = (
+        node("new_plain", "aten.mul.Tensor", Ref("plain"), 2.0),
+        node("new_product", "aten.mm.default", Ref("product"), Ref("product")),
+        node("view", "aten.t.default", Ref("turned")),
+        node("new_turned", "aten.sub.Tensor", Ref("turned"), Ref("view")),
+        node("loss", "aten.sum.dim_IntList", Ref("new_plain"), (0, 1)),
+    )
+    graph = Graph(
+        inputs=tuple(Input(name, "parameter", name) for name in names),
+        nodes=nodes,
+        outputs=(
+            *(Output("parameter", name, f"new_{name}") for name in names),
+            Output("loss", "", "loss"),
+        ),
+        specs=dict.fromkeys((*names, *(n.name for n in nodes)), square)
+        | {"loss": Spec((), torch.float32)},
+    )
+    graph.validate()
+    assert in_place(graph) == {"new_plain": "plain"}
+    values = {name: torch.randn(8, 8) for name in names}
+    stepper = Stepper(graph, {name: value.clone() for name, value in values.items()})
+    for _ in range(2):
+        outputs = graph.run(values)
+        values = following(graph, values, outputs)
+        assert torch.equal(stepper.step()["loss"], outputs["loss"])
+    assert all(torch.equal(stepper._tensors[name], values[name]) for name in names)
+
+
+def node(name: str, op: str, *args: Any) -> Node:
+    return Node(name, op, args, {}, (name,), "update")
+
+
+SCRATCH = {
+    "uniform": ("penstock.uniform.default", [((), torch.int64)], (3, [64, 96], [0, 0], [64, 96])),
+    "softmax": ("aten._safe_softmax.default", [((64, 96), torch.float32)], (-1,)),
+    "mask": ("aten.mul.Tensor", [((64, 96), torch.float32), ((64, 96), torch.bool)], ()),
+    "sum": ("aten.add.Tensor", [((64, 96), torch.float32), ((64, 96), torch.float32)], ()),
+    **{
+        f"{pass_}, {dtype}, {channels}": (
+            f"aten.convolution{pass_}.default",
+            [((8, 32, 16, 16), dtype)] * (pass_ == "_backward")
+            + [((8, channels, 16, 16), dtype), ((32, channels, 3, 3), dtype)],
+            (None, *[[1, 1]] * 3, False, [0, 0], 1) + ([True] * 2 + [False],) * (pass_ != ""),
+        )
+        for pass_ in ("", "_backward")
+        for dtype in (torch.float32, torch.float64)
+        for channels in (16, 32)
+    },
+}
+
+
+@pytest.mark.parametrize("name", SCRATCH)
+def test_scratch_is_what_is_measured(name: str) -> None:
+    op, given, rest = SCRATCH[name]
+    tensors = [torch.ones(shape, dtype=dtype) for shape, dtype in given]
+    refs = [Ref(f"input{n}") for n in range(len(tensors))]
+    kwargs = {"dtype": torch.float32} if name == "uniform" else {}
+    outputs = ("y",) if not name.startswith("_backward") else ("y", "z", None)
+    call = Node("y", op, (*refs, *rest), kwargs, outputs, "forward")
+    held: list[Any] = []
+    args, options = call.with_tensors(tensors)
+    call.function(*args, **options)
+    measured = measured_peak(lambda: held.append(call.function(*args, **options)))
+    results = call.results(held[0])
+    specs = {k: Spec.of(v) for k, v in results.items()}
+    specs |= {ref.name: Spec.of(tensor) for ref, tensor in zip(refs, tensors, strict=True)}
+    own = sum(value.nbytes for value in results.values())
+    assert own + scratch_bytes(call, specs) == pytest.approx(measured, rel=0.1)
+    assert (scratch_bytes(call, specs) > 0) == (name != "sum")
 
 
 def lifetimes_at_random(count: int, seed: int) -> Lifetimes:

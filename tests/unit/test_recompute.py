@@ -171,13 +171,13 @@ def test_parts_of_a_rank_are_counted_as_they_are() -> None:
 
 def test_cuts_are_cheapest() -> None:
     rng = random.Random(0)
-    for _ in range(60):
-        size = rng.randrange(3, 8)
+    for _ in range(150):
+        size = rng.randrange(3, 10)
         pipes = [
             (a, b, rng.randrange(1, 20))
             for a in range(size)
             for b in range(size)
-            if a != b and a != 1 and b != 0 and rng.random() < 0.5
+            if a != b and a != 1 and b != 0 and rng.random() < 0.35
         ]
         cut = Cut(size)
         for pipe in pipes:
@@ -281,6 +281,10 @@ def test_a_shortage_says_what_would_fit() -> None:
     assert "+10% time a step" in text
     largest = found.peak.storages[0]
     assert f"{largest.name}" in text
+    split = shortage(graph, budget, choices, 1e-2, 8, None, lambda: (budget + 1, 1e-3, "2 devices"))
+    assert split is not None
+    assert [remedy.fits for remedy in split.remedies] == [True, False]
+    assert "2 devices" not in split.hint
     # With too little for anything, what comes nearest is said.
     none = shortage(graph, 1000, choices, 1e-2, 8)
     assert none is not None

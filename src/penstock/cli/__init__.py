@@ -138,9 +138,7 @@ def validate(job_file: JobFile, overrides: Overrides = None) -> None:
 @app.command("plan")  # whose module has that name here
 def plan_command(
     job_file: JobFile,
-    on: Annotated[
-        Path, typer.Option(metavar="CLUSTER.json", help="See penstock doctor --save.")
-    ],
+    on: Annotated[Path, typer.Option(metavar="CLUSTER.json", help="See penstock doctor --save.")],
     explain: Annotated[
         str | None,
         typer.Option(metavar="PARAMETER", help="Why it lies so, and what the next best costs."),
@@ -149,6 +147,9 @@ def plan_command(
         list[str] | None,
         typer.Option("--pin", metavar="NAME=S0", help="How a parameter or module is to lie."),
     ] = None,
+    pipelines: Annotated[
+        bool, typer.Option(help="Try pipelines also where a step fits without one; takes longer.")
+    ] = False,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the plan there, as JSON.")
     ] = None,
@@ -176,7 +177,7 @@ def plan_command(
         for line in explained(job, on, explain, pins=_pins(pins or [])):
             print(line)
         return
-    found = plan(job, on, pins=_pins(pins or []))
+    found = plan(job, on, pins=_pins(pins or []), pipelines=pipelines)
     if other is not None:
         for line in other.differences(found):
             print(line)

@@ -11,7 +11,7 @@ memory is that of the last rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from penstock.errors import NetworkError
@@ -20,15 +20,16 @@ from penstock.plan.assignment import Assignment, Change
 from penstock.plan.cost import flops
 from penstock.plan.footprint import footprint
 from penstock.plan.hardware import Cluster
-from penstock.plan.layout import in_words, largest_shape
+from penstock.plan.layout import B, in_words, largest_shape
 from penstock.plan.lower import lower
 from penstock.plan.memory import in_bytes, pack
 from penstock.plan.pins import Pins
-from penstock.plan.price import ClusterPrices, Price
+from penstock.plan.pipeline_search import choose, inside_of
+from penstock.plan.price import ClusterPrices, Price, price
 from penstock.plan.recompute import AGAIN, Recomputation
 from penstock.plan.rules import has_rule
 from penstock.plan.search import GAP, TIME_LIMIT_S, Found, Search
-from penstock.plan.step import Layer, Memory, Route, StepPlan, Times
+from penstock.plan.step import Layer, Memory, Route, Stages, StepPlan, Times
 
 POINTS = 240
 """Of a memory timeline that is written down."""
@@ -89,6 +90,72 @@ def plan_step(
     )
 
 
+def plan_pipeline(
+    capture_at: Callable[[int], Graph],
+    cluster: Cluster,
+    batch: int,
+    *,
+    network: str = "network",
+    pins: Pins | None = None,
+    gap: float = GAP,
+    time_limit_s: float = TIME_LIMIT_S,
+) -> StepPlan | None:
+    """Decides how a step is best cut into the stages of a pipeline, and split inside of them.
+
+    Arguments:
+        capture_at: the graph of a step of so many examples.
+        batch: examples of a step, cut into micro-batches.
+
+    Returns:
+        The best that fits; None if there is none.
+    """
+
+    def inside(graph: Graph, part: Cluster) -> Assignment:
+        return Search(graph, part, pins=pins).find(gap=gap, time_limit_s=time_limit_s).assignment
+
+    found = choose(capture_at, cluster, batch, inside)
+    if found is None or not found.fits:
+        return None
+    part = inside_of(cluster, found.sizes[0])
+    prices = ClusterPrices(found.graph, part, part.mesh)
+    split = _Split(found.graph, found.assignment, part, prices)
+    priced = price(found.graph, found.assignment, prices)
+    share = found.micro_batches / found.sizes[0]
+    return StepPlan(
+        network=network,
+        batch=batch,
+        graph=found.graph.fingerprint,
+        cluster=cluster,
+        assignment=found.assignment,
+        origin="pipeline",
+        times=Times(
+            found.step_s,
+            priced.compute_s * share,
+            priced.exchange_s * share,
+            priced.exposed_s,
+            int(max(found.held_bytes)),
+        ),
+        beside={},
+        layers=split.layers(),
+        routes=split.routes(),
+        stages=Stages(
+            number=found.sizes[0],
+            chunks=found.schedule.chunks,
+            micro_batches=found.micro_batches,
+            cuts=found.stages.cuts,
+            bubble=found.bubble,
+            timeline=tuple(
+                tuple(
+                    (span.task.micro_batch, span.task.direction, span.start_s, span.end_s)
+                    for span in rank
+                )
+                for rank in found.timeline.ranks
+            ),
+        ),
+        notes=tuple(split.notes()),
+    )
+
+
 def _times(found: Price) -> Times:
     return Times(found.step_s, found.compute_s, found.exchange_s, found.exposed_s)
 
@@ -132,8 +199,13 @@ class _Split:
         self._first = {n.name: n for n in graph.nodes if not n.name.endswith(AGAIN)}
         self._changes = list(assignment.ways(graph, prices.routes))
         last = math.prod(assignment.sizes) - 1
-        (program,) = lower(graph, assignment, prices.routes, ranks=[last])
-        self.lifetimes = footprint(program)
+        (self._program,) = lower(graph, assignment, prices.routes, ranks=[last])
+        self.lifetimes = footprint(self._program)
+
+    @property
+    def given_bytes(self) -> int:
+        """Parameters, buffers, state and batch."""
+        return sum(self._program.values[name].spec.num_bytes for name in self._program.inputs)
 
     def seconds(self, node: Node) -> float:
         """What a node takes on the rank with most of it; a second time as at the first."""
@@ -175,6 +247,16 @@ class _Split:
         for op, seconds in unruled.items():
             cost = f"{seconds / whole_s:.1%} of computing"
             told.append(f"{op} has no rule: every rank computes all of it, {cost}")
+        if math.prod(self.assignment.sizes) > 1 and all(
+            placement in (B, None)
+            for chosen in self.assignment.nodes.values()
+            for signature in chosen
+            for placement in (*signature.inputs, *signature.outputs)
+        ):
+            told.append(
+                "every rank computes all of it: on these links any exchange takes longer than what "
+                "it saves"
+            )
         if self.recomputed:
             told.append(
                 f"{len(self.recomputed)} operators of forward run again in backward, so that a "
@@ -247,7 +329,7 @@ class _Split:
         line = lifetimes.timeline
         return Memory(
             limit_bytes=int(self.cluster.device.memory_bytes),
-            resident_bytes=lifetimes.resident_bytes,
+            resident_bytes=self.given_bytes,
             peak_bytes=lifetimes.peak_bytes,
             arena_bytes=pack(lifetimes).arena_bytes,
             timeline=tuple(int(max(line[n : n + every])) for n in range(0, len(line), every)),
@@ -284,7 +366,7 @@ def _too_large(split: _Split, least: _Split, limit: int) -> NetworkError:
     what = "even with forward run again in backward" if least is not split else "at its peak"
     return NetworkError(
         f"no plan fits: {what} a rank holds {in_bytes(peak.num_bytes)}, of which "
-        f"{in_bytes(least.lifetimes.resident_bytes)} for parameters, state and batch; expected at "
+        f"{in_bytes(least.given_bytes)} for parameters, state and batch; expected at "
         f"most {in_bytes(limit)}, the memory of a device. The largest: {largest}",
         hint="more devices, a smaller batch, or a pin that splits the largest parameter",
     )

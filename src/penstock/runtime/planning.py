@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from penstock.errors import DataError, JobError
+from penstock.errors import DataError, JobError, NetworkError
 from penstock.feed.dataframe import DataFrameSource
 from penstock.feed.mapped import origin
 from penstock.job import AllReduce, Job
@@ -19,7 +21,7 @@ from penstock.model.clipping import Clipping
 from penstock.model.graph import Graph
 from penstock.plan.hardware import Cluster
 from penstock.plan.layout import in_words
-from penstock.plan.making import plan_step
+from penstock.plan.making import plan_pipeline, plan_step
 from penstock.plan.memory import in_bytes
 from penstock.plan.pins import Pins
 from penstock.plan.reasons import in_time, reason
@@ -34,6 +36,7 @@ def plan(
     cluster: Cluster | str | Path,
     *,
     pins: Pins | None = None,
+    pipelines: bool = False,
     gap: float = GAP,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> StepPlan:
@@ -47,6 +50,8 @@ def plan(
             `shards`, or where the job does not say how many, of each device of the cluster.
         cluster: or the name of its file.
         pins: by name of a parameter or module, how it is to lie: `{"classifier.0.weight": "S0"}`.
+        pipelines: whether stages of a pipeline are tried also where a step fits without: each
+            number of them and of micro-batches is a search of its own.
         gap: how far above the best there is a plan may be.
         time_limit_s: of the search.
 
@@ -56,20 +61,30 @@ def plan(
             none; or no plan fits into the memory of its devices.
     """
     where = cluster if isinstance(cluster, Cluster) else Cluster.load(cluster)
-    graph, batch = captured(job, where.ranks)
-    return plan_step(
-        graph,
-        where,
-        network=job.name,
-        batch=batch,
-        pins=pins,
-        gap=gap,
-        time_limit_s=time_limit_s,
-    )
+    step = _Step(job, where.ranks)
+    options: dict[str, Any] = {
+        "network": job.name, "pins": pins, "gap": gap, "time_limit_s": time_limit_s
+    }  # fmt: skip
+    found, refused = None, None
+    try:
+        found = plan_step(step.graph, where, batch=step.batch, **options)
+    except NetworkError as error:
+        refused = error
+    if pipelines or refused is not None:
+        staged = plan_pipeline(step.at, where, step.batch, **options)
+        if staged is not None and (found is None or staged.times.step_s < found.times.step_s):
+            beside = {} if found is None else {"without a pipeline": found.times, **found.beside}
+            return replace(staged, beside=beside)
+        if found is not None:
+            return replace(found, notes=(*found.notes, "no pipeline is faster"))
+    if found is None:
+        assert refused is not None
+        raise refused
+    return found
 
 
-def captured(job: Job, ranks: int) -> tuple[Graph, int]:
-    """A job's step as a graph, and the examples of its batch.
+class _Step:
+    """A job's step, captured at any batch.
 
     Arguments:
         ranks: shards, where the job does not say how many.
@@ -77,30 +92,39 @@ def captured(job: Job, ranks: int) -> tuple[Graph, int]:
     Raises:
         JobError, NetworkError, DataError: see `plan`.
     """
-    if not isinstance(job.strategy, AllReduce):
-        raise JobError(
-            f"strategy {type(job.strategy).__name__}: its replicas have a step each, and none in "
-            "common that could be split",
-            hint="plan the job with --set strategy=all_reduce",
+
+    def __init__(self, job: Job, ranks: int) -> None:
+        if not isinstance(job.strategy, AllReduce):
+            raise JobError(
+                f"strategy {type(job.strategy).__name__}: its replicas have a step each, and none "
+                "in common that could be split",
+                hint="plan the job with --set strategy=all_reduce",
+            )
+        said = {"shards", "workers"} & job.model_fields_set
+        self.batch = job.batch_size * (job.shards if said else ranks) * job.accumulate
+        self._job, self._network, self._first = job, _network(job), _first(job)
+
+    @functools.cached_property
+    def graph(self) -> Graph:
+        """Of the whole batch."""
+        return self.at(self.batch)
+
+    def at(self, examples: int) -> Graph:
+        """Of so many examples."""
+
+        def whole(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.new_empty((examples, *tensor.shape[1:]), device="meta")
+
+        job, (x, y) = self._job, self._first
+        clip = Clipping() if job.clip is None else Clipping(job.clip.norm, job.clip.value)
+        return capture(
+            self._network,
+            job.loss.make(),
+            (pytree.tree_map(whole, x), pytree.tree_map(whole, y)),
+            job.optimizer.make,
+            autocast=torch.bfloat16 if job.precision == "bfloat16" else None,
+            clipping=clip,
         )
-    said = {"shards", "workers"} & job.model_fields_set
-    shards = job.shards if said else ranks
-    examples = job.batch_size * shards * job.accumulate
-    x, y = _first(job)
-
-    def whole(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.new_empty((examples, *tensor.shape[1:]), device="meta")
-
-    clip = Clipping() if job.clip is None else Clipping(job.clip.norm, job.clip.value)
-    graph = capture(
-        _network(job),
-        job.loss.make(),
-        (pytree.tree_map(whole, x), pytree.tree_map(whole, y)),
-        job.optimizer.make,
-        autocast=torch.bfloat16 if job.precision == "bfloat16" else None,
-        clipping=clip,
-    )
-    return graph, examples
 
 
 def _network(job: Job) -> nn.Module:
@@ -141,8 +165,7 @@ def explained(
         UserError: there is no such parameter; or see `plan`.
     """
     where = cluster if isinstance(cluster, Cluster) else Cluster.load(cluster)
-    graph, _ = captured(job, where.ranks)
-    search = Search(graph, where, pins=pins)
+    search = Search(_Step(job, where.ranks).graph, where, pins=pins)
     why = reason(search, search.find(), parameter)
     lines = [f"{parameter}  {why.words}"]
     for other in (why.chosen, *why.others):
