@@ -8,9 +8,9 @@ nothing else differs; dropout, too, is the same. All ranks run in this process;
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,9 +28,10 @@ from penstock.plan.lower import lower
 from penstock.plan.program import Call, Program
 from penstock.plan.routes import Routes
 from penstock.plan.rules import has_rule
+from penstock.plan.search import Search
 from penstock.plan.verify import verify
 from penstock.testing.assignments import STYLES, Style, cluster, styled
-from penstock.testing.networks import ADAMW, SGD, Example, following, tiny
+from penstock.testing.networks import ADAMW, SGD, TINY, Example, following, tiny
 
 pytestmark = pytest.mark.usefixtures("deadline")
 
@@ -38,30 +39,25 @@ TOLERANCE = 1e-10
 BUCKET_BYTES = 2048
 """So that the tiny networks have several buckets, and tensors that travel alone."""
 MESHES = [(2,), (3,), (4,), (2, 2)]
-WIDE = ("mlp", "lenet", "autoencoder", "recommender")
-"""On all meshes; the others on one for each style, since they take longer. The batch of 6 is cut
-evenly by 2 and 3, and unevenly by 4."""
-OTHERS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "resnet": ((3,), (2,), (4,)),
-    "vgg": ((2,), (3,)),
-    "lstm": ((4,), (3,), (2,), (2, 2)),
-    "gru": ((2,), (2,), (3,)),
-    "gpt": ((4,), (2, 2), (2,), (2, 2)),
-    "bert": ((2,), (3,), (4,)),
-    "vit": ((3,), (4,), (2,), (2, 2)),
-    "mixture": ((2,), (4,), (3,), (2, 2)),
-}
-CASES = [
-    (name, style, sizes)
-    for name in WIDE
-    for sizes in MESHES
-    for style in STYLES
-    if style != "mixed" or len(sizes) > 1
-] + [
-    (name, style, sizes)
-    for name, meshes in OTHERS.items()
-    for style, sizes in zip(STYLES, meshes, strict=False)
-]
+"""The batch of 6 is cut evenly by 2 and 3, and unevenly by 4."""
+WAYS = (*STYLES, "search")
+"""By hand, and as the search splits it."""
+
+
+def cases() -> Iterator[Any]:
+    """All networks, ways and meshes; of each network's ways one mesh is tried by `make test`, in
+    turn, and the rest by `make torture`."""
+    for place, name in enumerate(TINY):
+        for number, way in enumerate(WAYS):
+            meshes = [sizes for sizes in MESHES if way != "mixed" or len(sizes) > 1]
+            for sizes in meshes:
+                first = sizes == meshes[(place + number) % len(meshes)]
+                quick = first and (way != "search" or name in SEARCHED)
+                marks = () if quick else (pytest.mark.torture,)
+                yield pytest.param(name, way, sizes, marks=marks)
+
+
+SEARCHED = ("mlp", "lstm", "gpt", "mixture")
 Outputs = list[dict[str, torch.Tensor]]
 
 
@@ -123,10 +119,19 @@ def distance(one: Outputs, other: Outputs) -> float:
     return worst
 
 
-@pytest.mark.parametrize(("name", "style", "sizes"), CASES, ids=str)
-def test_three_steps(name: str, style: Style, sizes: tuple[int, ...]) -> None:
+def assigned(graph: Graph, sizes: tuple[int, ...], way: str) -> Assignment:
+    if way == "search":
+        return Search(graph, cluster(sizes), sizes).find(time_limit_s=20.0).assignment
+    return styled(graph, sizes, cast("Style", way))
+
+
+@pytest.mark.parametrize(("name", "way", "sizes"), list(cases()), ids=str)
+def test_three_steps(name: str, way: str, sizes: tuple[int, ...]) -> None:
     example, graph = captured(name)
-    found = parallel(example, graph, styled(graph, sizes, style))
+    assignment = assigned(graph, sizes, way)
+    assert any(p not in (B, None) for chosen in assignment.nodes.values()
+               for signature in chosen for p in signature.outputs)  # fmt: skip
+    found = parallel(example, graph, assignment)
     assert distance(found, serial(name)) <= TOLERANCE
     # The steps do something, and not the same: otherwise nothing would have been compared.
     first, *_, last = (outputs[graph.output("loss").name] for outputs in found)

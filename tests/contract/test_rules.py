@@ -155,7 +155,7 @@ def called(op: str, *args: Any, **kwargs: Any) -> tuple[Node, dict[str, Spec]]:
 PLAIN = """
     abs alias ceil cos detach elu erf exp exp2 expm1 floor hardsigmoid hardswish hardtanh isinf
     isnan lift_fresh_copy log log10 log2 mish nan_to_num positive round sign silu sin softplus
-    tan trunc empty_like ones_like
+    tan trunc empty_like ones_like zeros_like
 """
 TWO = """
     atan2.default copy.default eq.Tensor floor_divide.default fmod.Tensor gt.Tensor

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from penstock.errors import NetworkError
 from penstock.model import zoo
 from penstock.model.capture import capture
 from penstock.model.graph import Graph, Node
@@ -19,7 +18,6 @@ from penstock.plan.memory import Lifetimes, source_of
 from penstock.plan.mincut import Cut
 from penstock.plan.recompute import AGAIN, Candidate, Recomputation, again
 from penstock.plan.segments import Call, Stored, _abstract, _borders, _crossing, _hull
-from penstock.plan.shortage import shortage
 from penstock.testing.memory import Stepper, measured_peak
 from penstock.testing.networks import ADAMW, Example, following, tiny
 
@@ -251,42 +249,3 @@ def test_borders_are_where_least_crosses() -> None:
         assert end == 7
         assert allowed(tuple(cuts))
         assert sum(crossing[c] for c in cuts) == best
-
-
-def test_a_shortage_says_what_would_fit() -> None:
-    example = deep_gpt()
-    graph, _ = captured(example)
-    choices = Recomputation(graph, seconds)
-    front = choices.sweep()
-
-    def at_batch(batch: int) -> Graph:
-        x, y = example.batch
-        return captured(Example(example.network, x[:batch], y[:batch], example.loss))[0]
-
-    assert shortage(graph, front[0].peak_bytes, choices, 1.0, 8) is None
-    budget = (front[0].peak_bytes + front[-1].peak_bytes) // 2
-    found = shortage(
-        graph, budget, choices, 1e-2, 8, at_batch, lambda: (budget - 1, 1e-3, "2 devices")
-    )
-    assert found is not None
-    assert [remedy.kind for remedy in found.remedies if remedy.fits] == [
-        "recomputation", "batch", "split"
-    ]  # fmt: skip
-    with pytest.raises(NetworkError, match=found.peak.name) as caught:
-        raise found.error()
-    text = str(caught.value)
-    assert "hint: would fit: recomputation of" in text
-    assert "a batch of" in text
-    assert "2 devices" in text
-    assert "+10% time a step" in text
-    largest = found.peak.storages[0]
-    assert f"{largest.name}" in text
-    split = shortage(graph, budget, choices, 1e-2, 8, None, lambda: (budget + 1, 1e-3, "2 devices"))
-    assert split is not None
-    assert [remedy.fits for remedy in split.remedies] == [True, False]
-    assert "2 devices" not in split.hint
-    # With too little for anything, what comes nearest is said.
-    none = shortage(graph, 1000, choices, 1e-2, 8)
-    assert none is not None
-    assert not any(remedy.fits for remedy in none.remedies)
-    assert "nothing fits by itself: recomputation" in none.hint

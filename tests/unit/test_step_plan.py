@@ -170,9 +170,24 @@ def test_short_memory_has_forward_run_again() -> None:
     assert short.memory.peak_bytes <= limit
     assert short.times.step_s > free.times.step_s
     assert any("run again" in note for note in short.notes)
+
+
+def test_what_does_not_fit_says_what_would() -> None:
+    def graph(batch: int) -> Graph:
+        return graph_of("mlp", batch)
+
+    small = replace(Cluster(1, 1, CPU, LINK, LINK), device=replace(CPU, memory_bytes=200_000))
     with pytest.raises(NetworkError, match=r"no plan fits: .* expected at most 200 kB") as caught:
-        plan_step(graph, replace(one, device=replace(CPU, memory_bytes=200_000)))
-    assert "more devices" in caught.value.hint
+        plan_step(graph(4096), small, batch=4096, at_batch=graph)
+    assert re.search(r"Largest at the peak: \S+ of \d", caught.value.message)
+    fitting = int(re.findall(r"would fit: a batch of (\d+): ", caught.value.hint)[0])
+    assert plan_step(graph(fitting), small).times.peak_bytes is not None
+    with pytest.raises(NetworkError):
+        plan_step(graph(2 * fitting), small)
+    tiny_one = replace(small, device=replace(CPU, memory_bytes=1000))
+    with pytest.raises(NetworkError) as caught:
+        plan_step(graph(4096), tiny_one, batch=4096)
+    assert "more devices" in caught.value.hint or "nothing fits" in caught.value.hint
 
 
 def job(**changes: Any) -> Job:

@@ -1,6 +1,6 @@
 """The best choices of all cells: the integer program, and what the overlap makes of it.
 
-Small programs are solved as they are. In others ones the overlap gets a price w instead (`integer`):
+Small programs are solved as they are. In larger ones overlap has a price w instead (`integer`):
 
     bound(w) = min over choices of  rest + w (late - hides)        for each w in [0, 1] a bound
 

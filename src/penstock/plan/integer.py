@@ -169,7 +169,7 @@ class _Program:
         for value in self._values():
             self._add_flows(value)
         self._add_overlap()
-        if limits.memory_bytes < math.inf:
+        if math.fsum(held for _, held in self._held) > limits.memory_bytes:
             shares = [(column, held / limits.memory_bytes) for column, held in self._held]
             self._row(shares, -math.inf, 1.0)
 
@@ -335,6 +335,7 @@ class _Program:
             options={
                 "time_limit": max(self._limits.time_limit_s, _SHORTEST_S),
                 "mip_rel_gap": self._limits.gap,
+                "presolve": False,
             },
         )
         bound = result.fun if self._limits.relaxed else result.get("mip_dual_bound")

@@ -10,9 +10,11 @@ memory is that of the last rank.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from penstock.errors import NetworkError
 from penstock.model.graph import Graph, Node
@@ -22,13 +24,14 @@ from penstock.plan.footprint import footprint
 from penstock.plan.hardware import Cluster
 from penstock.plan.layout import B, in_words, largest_shape
 from penstock.plan.lower import lower
-from penstock.plan.memory import in_bytes, pack
+from penstock.plan.memory import pack
 from penstock.plan.pins import Pins
 from penstock.plan.pipeline_search import choose, inside_of
 from penstock.plan.price import ClusterPrices, Price, price
 from penstock.plan.recompute import AGAIN, Recomputation
 from penstock.plan.rules import has_rule
 from penstock.plan.search import GAP, TIME_LIMIT_S, Found, Search
+from penstock.plan.shortage import Remedy, Shortage, recomputed, smaller_batch
 from penstock.plan.step import Layer, Memory, Route, Stages, StepPlan, Times
 
 POINTS = 240
@@ -47,6 +50,7 @@ def plan_step(
     pins: Pins | None = None,
     gap: float = GAP,
     time_limit_s: float = TIME_LIMIT_S,
+    at_batch: Callable[[int], Graph] | None = None,
 ) -> StepPlan:
     """Decides how a step is split.
 
@@ -56,6 +60,7 @@ def plan_step(
         sizes: of the mesh's axes; those of the cluster.
         pins: what has been decided about parameters; see `pins`.
         gap, time_limit_s: of the search.
+        at_batch: the graph of a step of so many examples, to say what batch would fit.
 
     Raises:
         JobError: a pin is not possible.
@@ -65,7 +70,10 @@ def plan_step(
     found = search.find(gap=gap, time_limit_s=time_limit_s)
     prices = search.prices
     assert isinstance(prices, ClusterPrices)
-    split = _fitting(_Split(graph, found.assignment, cluster, prices))
+    options = {"sizes": sizes, "pins": pins, "gap": gap, "time_limit_s": time_limit_s}
+    peak_at = None if at_batch is None else functools.partial(_peak_at, at_batch, cluster, options)
+    split = _Split(graph, found.assignment, cluster, prices)
+    split = _fitting(split, found.price.step_s, batch, peak_at)
     times = _times(found.price)
     notes = [*_of_search(found), *split.notes()]
     return StepPlan(
@@ -88,6 +96,15 @@ def plan_step(
         recomputed=split.recomputed,
         notes=tuple(notes),
     )
+
+
+def _peak_at(
+    at_batch: Callable[[int], Graph], cluster: Cluster, options: dict[str, Any], batch: int
+) -> int | None:
+    try:
+        return plan_step(at_batch(batch), cluster, **options).times.peak_bytes
+    except NetworkError:
+        return None
 
 
 def plan_pipeline(
@@ -337,8 +354,14 @@ class _Split:
         )
 
 
-def _fitting(split: _Split) -> _Split:
+def _fitting(
+    split: _Split, step_s: float, batch: int, peak_at: Callable[[int], int | None] | None
+) -> _Split:
     """The split, with as much run again as memory asks for.
+
+    Arguments:
+        step_s, batch: of the step, for the words of an error.
+        peak_at: what a rank holds at another batch, if it fits.
 
     Raises:
         NetworkError: there is not enough, whatever runs again.
@@ -357,19 +380,14 @@ def _fitting(split: _Split) -> _Split:
             least = found
     if least.lifetimes.peak_bytes <= limit:
         return least
-    raise _too_large(split, least, limit)
-
-
-def _too_large(split: _Split, least: _Split, limit: int) -> NetworkError:
-    peak = least.lifetimes.peak
-    largest = "; ".join(map(str, peak.storages[:5]))
-    what = "even with forward run again in backward" if least is not split else "at its peak"
-    return NetworkError(
-        f"no plan fits: {what} a rank holds {in_bytes(peak.num_bytes)}, of which "
-        f"{in_bytes(least.given_bytes)} for parameters, state and batch; expected at "
-        f"most {in_bytes(limit)}, the memory of a device. The largest: {largest}",
-        hint="more devices, a smaller batch, or a pin that splits the largest parameter",
-    )
+    remedies: list[Remedy | None] = []
+    if least is not split:
+        count, peak = len(least.recomputed), least.lifetimes.peak_bytes
+        remedies.append(recomputed(count, peak, least.again_s, step_s, fits=False))
+    if peak_at is not None:
+        remedies.append(smaller_batch(batch, peak_at, limit))
+    ordered = sorted((r for r in remedies if r is not None), key=lambda remedy: not remedy.fits)
+    raise Shortage(limit, split.lifetimes.peak, split.given_bytes, tuple(ordered)).error()
 
 
 def _module_of(change: Change) -> str:

@@ -67,7 +67,7 @@ def plan(
     }  # fmt: skip
     found, refused = None, None
     try:
-        found = plan_step(step.graph, where, batch=step.batch, **options)
+        found = plan_step(step.graph, where, batch=step.batch, at_batch=step.at, **options)
     except NetworkError as error:
         refused = error
     if pipelines or refused is not None:
