@@ -392,7 +392,8 @@ def test_bad_records_are_left_out_counted_and_kept(
     pq.write_table(
         pa.table({"x": pa.array(lists, pa.list_(pa.float32())), "y": y}), folder / "a.parquet", 50
     )
-    with pytest.raises(DataError, match=r"a.parquet.*row 17"):
+    row = 17 if workers == 1 else r"(17|200)"  # whichever is read first
+    with pytest.raises(DataError, match=rf"a.parquet.*row {row}"):
         job(feed.parquet(folder, features="x", target="y"), runs=runs).run(workers=workers)
     kept = feed.parquet(folder, features="x", target="y", on_bad_record="quarantine")
     run = job(kept, runs=runs, epochs=1).run(workers=workers)

@@ -142,7 +142,7 @@ def facts(root: str = "/") -> dict[str, Any]:
             lines = []
         known = "torch numpy pydantic pyyaml fsspec pyarrow safetensors cloudpickle tensorboard"
         names = [re.split(r"[^\w.-]", line)[0] for line in lines if "extra ==" not in line]
-        return names or [*known.split(), "protobuf", "rich", "typer"]
+        return names or [*known.split(), "protobuf", "rich", "scipy", "typer"]
 
     def version(name: str) -> str | None:
         try:

@@ -16,6 +16,7 @@ that every preset is there for every graph.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,14 +80,16 @@ def _zero(cells: Cells, prices: Prices) -> dict[str, Wanted]:
 
 
 def _sharded(shape: Sequence[int], sizes: Sequence[int]) -> Wanted:
-    """One dim split on all axes, the first that is long enough; else on as many as possible."""
-    axes = len(sizes)
-    even = [d for d, n in enumerate(shape) if n % math.prod(sizes) == 0]
-    dims = [*even, *range(len(shape))]
-    for dim in dims:
-        if possible(shape, (S(dim),) * axes, sizes):
-            return lambda layout: int(layout != (S(dim),) * axes)
-    return lambda layout: sum(p == B for p in layout)
+    """Split on as many axes as can be, if possible along one dim and evenly."""
+
+    def order(layout: Layout) -> tuple[int, int, bool, Layout]:
+        dims = {p.dim for p in layout if p.is_split}
+        even = all(shape[dim] % math.prod(sizes) == 0 for dim in dims)
+        return sum(p == B for p in layout), len(dims), not even, layout
+
+    ways = itertools.product((B, *map(S, range(len(shape)))), repeat=len(sizes))
+    best = min((way for way in ways if possible(shape, way, sizes)), key=order)
+    return lambda layout: int(layout != best)
 
 
 def _tables(cells: Cells) -> frozenset[str]:

@@ -7,8 +7,8 @@ integer program (`integer`) in which repeated layers are tied (`ties`), within a
 gap. Data parallel, tensor parallel, optimizer state in parts (ZeRO) and Krizhevsky's hybrid (2014,
 arXiv:1404.5997) are points of the same space: which comes out is a matter of cost alone. Known ways
 (`presets`) are priced as well, and the best of all is the answer: the search is never worse than
-they are, also where its time runs out. What the ties forbid, and an early end, `bound_s` and `gap`
-do not hide: the bound is of the tied program.
+they are, also where its time runs out. How far it may be from the best is `gap`, among all ways in
+which repeated layers are split alike.
 
 The answer is the same in every process, unless the time limit was what ended it (`timed_out`).
 """
