@@ -141,6 +141,7 @@ def test_all_is_read_where_one_is_not_what_it_was(
     assert resumed(spark, run, notes, whole) == {"train", "test"}
 
 
+@pytest.mark.torture
 def test_what_was_taken_is_lost_with_its_agent_and_read(
     cluster: Any, spark: Any, whole: Run, tmp_path: Path
 ) -> None:
