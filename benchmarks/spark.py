@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
+    options.data = options.data and str(Path(options.data).resolve())  # executors work elsewhere
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # for the peers' processes
     from lenet import arrays
 
