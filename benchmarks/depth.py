@@ -23,13 +23,10 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +36,9 @@ from penstock.model import zoo
 from penstock.model.capture import capture
 from penstock.model.graph import Graph, Node
 from penstock.plan.cost import Measured, is_view
-from penstock.plan.memory import Lifetimes, in_bytes
+from penstock.plan.memory import Lifetimes
 from penstock.plan.recompute import Recomputation
+from penstock.plan.words import in_bytes
 from penstock.runtime.heap import keep_freed_memory
 from penstock.testing.memory import Stepper, measured_peak
 from penstock.testing.networks import Example
@@ -192,6 +190,8 @@ def main() -> None:
     parser.add_argument("--only", choices=("gpt", "residual"))
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--batch", type=int, default=0, help="8 sequences, or 128 images")
+    from collectives import hardware  # type: ignore[import-not-found]
+
     options = parser.parse_args()
     keep_freed_memory()
     sgd = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
@@ -200,15 +200,7 @@ def main() -> None:
         "gpt": Kind(functools.partial(gpt, options.width, options.batch or 8), adamw),
         "residual": Kind(functools.partial(residual, options.width, options.batch or 128), sgd),
     }
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    print(f"{os.cpu_count()} cores, {cpu}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}")
+    print(hardware())
     for name, kind in kinds.items():
         if options.only in (None, name):
             compare(name, kind, int(options.memory), options.times, options.rounds)

@@ -26,7 +26,6 @@ import functools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -248,19 +247,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=40, help="of 50 steps, for rates")
     parser.add_argument("--rounds", type=int, default=5, help="of processes, for first steps")
     parser.add_argument("--one", choices=PEERS, help=argparse.SUPPRESS)
+    from collectives import hardware  # type: ignore[import-not-found]
+
     options = parser.parse_args()
     if options.one:
         print(PEERS[options.one](options.data))
         return
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    print(f"{os.cpu_count()} cores, {cpu}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}")
+    print(hardware())
     if options.turns:
         found = rates(options.data, options.turns)
         print(f"{'':18}{'examples/s':>12}{'of the limit':>14}   quarter to three quarters")

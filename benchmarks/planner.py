@@ -20,10 +20,7 @@ Batches grow with the cluster: --per-device examples on each device, or those of
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import os
-import platform
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -133,12 +130,13 @@ def main() -> None:
     parser.add_argument("--per-device", type=int)
     parser.add_argument("--time-limit", type=float, default=60.0)
     parser.add_argument("--gap", type=float, default=0.01)
+    from collectives import hardware  # type: ignore[import-not-found]
+
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(
-        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, torch {torch.__version__}; devices of {options.flops:g} "
-        f"FLOP/s and {options.flops / FLOPS_PER_BYTE:g} B/s of memory; milliseconds of a step\n"
+        f"{hardware()}; devices of {options.flops:g} FLOP/s and "
+        f"{options.flops / FLOPS_PER_BYTE:g} B/s of memory; milliseconds of a step\n"
     )
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}", flush=True)
     for name in options.networks.split(","):

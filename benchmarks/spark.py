@@ -184,6 +184,8 @@ def main() -> None:
     parser.add_argument("--data", help="folder of MNIST's four idx files")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300)
+    from collectives import hardware  # type: ignore[import-not-found]
+
     options = parser.parse_args()
     options.data = options.data and str(Path(options.data).resolve())  # executors work elsewhere
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # for the peers' processes
@@ -212,7 +214,7 @@ def main() -> None:
             for name, run in loops.items():
                 found[name].append(run())
                 print(name, found[name][-1], file=sys.stderr, flush=True)
-    print(f"{os.cpu_count()} cores; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}")
+    print(hardware())
     print(f"{'':24}{'first step':>12}{'examples/s':>12}")
     for name, rounds in found.items():
         firsts, rates = zip(*rounds)

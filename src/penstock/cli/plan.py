@@ -5,9 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from penstock.plan.memory import in_bytes
-from penstock.plan.reasons import in_time
 from penstock.plan.step import Layer, StepPlan, Times
+from penstock.plan.words import in_bytes, in_time
 
 
 def show(plan: StepPlan, console: Console) -> None:

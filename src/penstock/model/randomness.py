@@ -14,19 +14,14 @@ ranks drops what one process would, and a recomputed mask is the mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+
+from penstock.model.operators import define
 
 K1, K2 = -7046029254386353131, -4658895280553007687  # 2^64 / golden ratio; a unit of the mixer
 """As int64."""
 M1, M2 = -4658895280553007687, -7723592293110705685
-
-_library: Any = torch.library.Library("penstock", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
-    "uniform(Tensor seed, int salt, int[] shape, int[] start, int[] size, *, "
-    "ScalarType dtype) -> Tensor"
-)
 
 
 def uniform(
@@ -76,4 +71,8 @@ def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (x >> bits).bitwise_and_(2 ** (64 - bits) - 1)
 
 
-_library.impl("uniform", uniform, "CompositeExplicitAutograd")
+define(
+    "uniform(Tensor seed, int salt, int[] shape, int[] start, int[] size, *, "
+    "ScalarType dtype) -> Tensor",
+    uniform,
+)

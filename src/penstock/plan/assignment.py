@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from penstock.errors import PlanError
 from penstock.model.graph import Graph, Node, Output
@@ -37,6 +37,18 @@ class Change:
     target: Layout
     way: Way
     consumers: tuple[Node, ...]
+    outputs: tuple[Output, ...]
+
+    @property
+    def awaiting(self) -> tuple[Node, ...]:
+        """The nodes of forward and backward that wait for it."""
+        return tuple(node for node in self.consumers if node.phase != "update")
+
+
+class Readers(NamedTuple):
+    """Who asks for a tensor in a layout: nodes in the graph's order, each once, and outputs."""
+
+    nodes: tuple[Node, ...]
     outputs: tuple[Output, ...]
 
 
@@ -100,19 +112,10 @@ class Assignment:
         Raises:
             PlanError: there is no way, as a tensor cannot lie as it is asked to.
         """
-        read: dict[str, dict[Layout, dict[str, Node]]] = {}
-        for node in graph.nodes:
-            for number, name in enumerate(node.inputs):
-                target = self.read_as(graph, node, number)
-                read.setdefault(name, {}).setdefault(target, {})[node.name] = node
-        asked: dict[str, dict[Layout, list[Output]]] = {}
-        for output in graph.outputs:
-            target = self.output_layout(graph, output)
-            asked.setdefault(output.name, {}).setdefault(target, []).append(output)
+        asked = self.asked(graph)
         for name in (*(item.name for item in graph.inputs), *graph.producer):
             source, spec = self.layout_of(graph, name), graph.specs[name]
-            readers, results = read.get(name, {}), asked.get(name, {})
-            for target in dict.fromkeys((*readers, *results)):
+            for target, readers in asked.get(name, {}).items():
                 if target == source:
                     continue
                 way = routes.way(spec.shape, spec.dtype.itemsize, source, target)
@@ -122,8 +125,36 @@ class Assignment:
                         f"on a mesh of {self.sizes}",
                         hint="the assignment asks for a layout in which the tensor cannot lie",
                     )
-                nodes = tuple(readers.get(target, {}).values())
-                yield Change(name, source, target, way, nodes, tuple(results.get(target, ())))
+                yield Change(name, source, target, way, *readers)
+
+    def asked(self, graph: Graph) -> dict[str, dict[Layout, Readers]]:
+        """Of each tensor that is read, the layouts that are asked of it, in order of their first
+        reader, and who asks; outputs come after nodes."""
+        found: dict[str, dict[Layout, tuple[dict[str, Node], list[Output]]]] = {}
+        for node in graph.nodes:
+            for number, name in enumerate(node.inputs):
+                layouts = found.setdefault(name, {})
+                layouts.setdefault(self.read_as(graph, node, number), ({}, []))[0][node.name] = node
+        for output in graph.outputs:
+            layouts = found.setdefault(output.name, {})
+            layouts.setdefault(self.output_layout(graph, output), ({}, []))[1].append(output)
+        return {
+            name: {
+                target: Readers(tuple(nodes.values()), tuple(outputs))
+                for target, (nodes, outputs) in layouts.items()
+            }
+            for name, layouts in found.items()
+        }
+
+    @property
+    def copies_all(self) -> bool:
+        """Whether every rank computes all, and nothing is split."""
+        return all(
+            placement in (B, None)
+            for chosen in self.nodes.values()
+            for signature in chosen
+            for placement in (*signature.inputs, *signature.outputs)
+        )
 
     def _plain(self, graph: Graph, name: str, layout: Layout) -> Layout:
         return plain(graph.specs[name].shape, layout, self.sizes)

@@ -274,9 +274,8 @@ def predict(
     beside: dict[str, list[Change]] = {}
     awaited: dict[str, list[Change]] = {}
     for change in assignment.ways(graph, routes):
-        readers = [node for node in change.consumers if node.phase != "update"]
-        if readers:
-            blocking.setdefault(readers[0].name, []).append(change)
+        if change.awaiting:
+            blocking.setdefault(change.awaiting[0].name, []).append(change)
             continue
         beside.setdefault(change.tensor, []).append(change)
         for node in change.consumers:

@@ -9,16 +9,9 @@ arXiv:1909.08053, section 3). Backward, each rank adds up the gradient of its ro
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-_library: Any = torch.library.Library("penstock", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("embedding_part(Tensor weight, Tensor indices, int start) -> Tensor")
-_library.define(
-    "embedding_part_backward(Tensor grad_output, Tensor indices, int start, int rows, "
-    "int padding_index) -> Tensor"
-)
+from penstock.model.operators import define
 
 
 def embedding_part(weight: torch.Tensor, indices: torch.Tensor, start: int) -> torch.Tensor:
@@ -62,5 +55,9 @@ def embedding_part_backward(
     return found[:rows]  # type: ignore[no-any-return]
 
 
-_library.impl("embedding_part", embedding_part, "CompositeExplicitAutograd")
-_library.impl("embedding_part_backward", embedding_part_backward, "CompositeExplicitAutograd")
+define("embedding_part(Tensor weight, Tensor indices, int start) -> Tensor", embedding_part)
+define(
+    "embedding_part_backward(Tensor grad_output, Tensor indices, int start, int rows, "
+    "int padding_index) -> Tensor",
+    embedding_part_backward,
+)

@@ -25,7 +25,6 @@ host's link to the other hosts, which its devices share.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -36,6 +35,7 @@ import torch
 
 from penstock.errors import UserError, did_you_mean
 from penstock.exchange.cost import Link
+from penstock.plan.files import read_json, write_json
 
 MAX_DEVICES = 4096
 """Of a whole cluster; what the simulator of exchange is tested for."""
@@ -151,10 +151,7 @@ class Cluster:
         Raises:
             UserError: it cannot be made.
         """
-        try:
-            Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"{path}: {error}", hint="name a file that can be made") from error
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Cluster:
@@ -163,14 +160,8 @@ class Cluster:
         Raises:
             UserError: it is not there, not JSON, or not a cluster's; names file, line or key.
         """
-        try:
-            values = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise UserError(
-                f"{path}: {error}", hint=f"penstock doctor --save {path} makes one of this machine"
-            ) from error
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error}", hint=_FILE) from error
+        missing = f"penstock doctor --save {path} makes one of this machine"
+        values = read_json(path, missing=missing, wrong=_FILE)
         return cls.from_json(values, str(path))
 
 

@@ -22,7 +22,7 @@ from penstock.plan.assignment import Assignment, Change
 from penstock.plan.cost import flops
 from penstock.plan.footprint import footprint
 from penstock.plan.hardware import Cluster
-from penstock.plan.layout import B, in_words, largest_shape
+from penstock.plan.layout import in_words, largest_shape
 from penstock.plan.lower import lower
 from penstock.plan.memory import pack
 from penstock.plan.pins import Pins
@@ -264,12 +264,7 @@ class _Split:
         for op, seconds in unruled.items():
             cost = f"{seconds / whole_s:.1%} of computing"
             told.append(f"{op} has no rule: every rank computes all of it, {cost}")
-        if math.prod(self.assignment.sizes) > 1 and all(
-            placement in (B, None)
-            for chosen in self.assignment.nodes.values()
-            for signature in chosen
-            for placement in (*signature.inputs, *signature.outputs)
-        ):
+        if math.prod(self.assignment.sizes) > 1 and self.assignment.copies_all:
             told.append(
                 "every rank computes all of it: on these links any exchange takes longer than what "
                 "it saves"
@@ -304,7 +299,7 @@ class _Split:
                 module,
                 parameters.get(module, {}),
                 sum(map(self.seconds, nodes)),
-                sum(c.way.cost_s for c in exchanged.get(module, ()) if not _is_late(c)),
+                sum(c.way.cost_s for c in exchanged.get(module, ()) if c.awaiting),
                 sum(c.way.sent_bytes for c in exchanged.get(module, ())),
                 self._splits(nodes),
             )
@@ -333,7 +328,7 @@ class _Split:
                 in_words(change.target),
                 change.way.sent_bytes,
                 change.way.cost_s,
-                _is_late(change),
+                not change.awaiting,
             )
             for change in self._changes
             if change.way.sent_bytes
@@ -395,7 +390,3 @@ def _module_of(change: Change) -> str:
     if change.consumers:
         return change.consumers[0].module
     return change.outputs[0].target.partition("/")[0].rpartition(".")[0]
-
-
-def _is_late(change: Change) -> bool:
-    return all(node.phase == "update" for node in change.consumers)

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from penstock.model.graph import Graph, Node, Spec, operator_of, refs
 from penstock.plan.scratch import pointwise, scratch_bytes
+from penstock.plan.words import in_bytes
 
 Updates = Literal["in_place", "renewed", "apart"]
 """Where a step puts new values of parameters, buffers and state: where the old ones are; in memory
@@ -409,12 +410,3 @@ def _held(storages: Iterable[Storage], num_instructions: int) -> NDArray[np.int6
         change[storage.last + 1] -= storage.num_bytes
     held: NDArray[np.int64] = np.cumsum(change[:-1])
     return held
-
-
-def in_bytes(num_bytes: float) -> str:
-    """As `1.5 GB`; decimal."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(num_bytes) < 1000 or unit == "GB":
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    raise AssertionError

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from penstock.plan.layout import read_layout
-from penstock.plan.memory import in_bytes
-from penstock.plan.reasons import in_time
 from penstock.plan.step import Layer, Memory, Route, Stages, StepPlan, Times
+from penstock.plan.words import in_bytes, in_time
 
 COLOURS = {
     "copied": "#9aa0a6",

@@ -201,7 +201,7 @@ class _Times:
         self.once: dict[str, float] = {}
         self._ways: dict[str, float] = {}
         for change in assignment.ways(graph, prices.routes):
-            readers = [node for node in change.consumers if node.phase != "update"]
+            readers = change.awaiting
             if not readers:
                 self.late[change.tensor] = self.late.get(change.tensor, 0.0) + change.way.cost_s
             elif change.tensor in graph.producer:

@@ -30,7 +30,7 @@ from penstock.plan.cost import Measured, Operator
 from penstock.plan.hardware import Cluster
 from penstock.plan.joins import Combination
 from penstock.plan.layout import Layout
-from penstock.plan.routes import Routes, plain
+from penstock.plan.routes import Routes
 from penstock.plan.rules import combinations
 
 
@@ -125,16 +125,15 @@ def price(graph: Graph, assignment: Assignment, prices: Prices, beside: float = 
     seconds = {"forward": 0.0, "backward": 0.0, "update": 0.0}
     for node in graph.nodes:
         seconds[node.phase] += prices.operator_s(node, assignment.nodes[node.name])
-    asked = _asked(graph, assignment, prices.sizes)
     exchange_s = late_s = held = 0.0
-    for name, targets in asked.items():
+    for name, targets in assignment.asked(graph).items():
         spec, source = graph.specs[name], assignment.layout_of(graph, name)
         is_new = name in graph.producer and graph.producer[name][0].phase == "update"
         for target, readers in targets.items():
             if target == source:
                 continue
             way_s = prices.way_s(spec, source, target)
-            if is_new or any(node is not None and node.phase != "update" for node in readers):
+            if is_new or any(node.phase != "update" for node in readers.nodes):
                 exchange_s += way_s
             else:
                 late_s += way_s
@@ -143,23 +142,6 @@ def price(graph: Graph, assignment: Assignment, prices: Prices, beside: float = 
     held += _held(graph, assignment, prices.sizes)
     hides_s = beside * (seconds["backward"] + seconds["update"])
     return Price(math.fsum(seconds.values()), exchange_s, late_s, hides_s, held)
-
-
-def _asked(
-    graph: Graph, assignment: Assignment, sizes: Sequence[int]
-) -> dict[str, dict[Layout, list[Node | None]]]:
-    """By value, the layouts that are asked of it, and the nodes that ask; None for an output."""
-    found: dict[str, dict[Layout, list[Node | None]]] = {}
-    for node in graph.nodes:
-        chosen = assignment.nodes[node.name]
-        for number, name in enumerate(node.inputs):
-            asked = tuple(signature.inputs[number] for signature in chosen)
-            target = plain(graph.specs[name].shape, asked, sizes)
-            found.setdefault(name, {}).setdefault(target, []).append(node)
-    for output in graph.outputs:
-        target = assignment.output_layout(graph, output)
-        found.setdefault(output.name, {}).setdefault(target, []).append(None)
-    return found
 
 
 def _held(graph: Graph, assignment: Assignment, sizes: Sequence[int]) -> float:

@@ -15,10 +15,11 @@ from penstock.plan.best import best
 from penstock.plan.cells import Cells, assignment_of
 from penstock.plan.integer import Limits
 from penstock.plan.joins import Cell, Choice
-from penstock.plan.layout import B, Layout, in_words
+from penstock.plan.layout import Layout, in_words
 from penstock.plan.price import Price
 from penstock.plan.search import GAP, Found, Search
 from penstock.plan.ties import alike
+from penstock.plan.words import in_time
 
 NEAR = 8
 """How many steps around a parameter may change."""
@@ -141,7 +142,7 @@ def in_sentences(
         words.append("Nothing else fits." if search.memory_bytes else "Nothing else is possible.")
     else:
         words.append(_compared(search, chosen, others[0]))
-    if found.price.exchange_s + found.price.late_s == 0.0 and _copies_all(search, found):
+    if found.price.exchange_s + found.price.late_s == 0.0 and found.assignment.copies_all:
         words.append(
             "All ranks compute the same: on these links any exchange takes longer than what it "
             "saves."
@@ -167,20 +168,3 @@ def _compared(search: Search, chosen: Alternative, other: Alternative) -> str:
         if abs(seconds) > 0.05 * more_s
     ]
     return f"Next is {name}, which takes {in_time(more_s)} more: {', '.join(told)}."
-
-
-def _copies_all(search: Search, found: Found) -> bool:
-    return all(
-        placement in (B, None)
-        for chosen in found.assignment.nodes.values()
-        for signature in chosen
-        for placement in (*signature.inputs, *signature.outputs)
-    )
-
-
-def in_time(seconds: float) -> str:
-    """As "1.25 ms"."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * factor >= 1 or unit == "us":
-            return f"{seconds * factor:.3g} {unit}"
-    raise AssertionError("the last unit takes any")

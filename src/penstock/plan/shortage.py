@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from penstock.errors import NetworkError
-from penstock.plan.memory import Peak, in_bytes
+from penstock.plan.memory import Peak
+from penstock.plan.words import in_bytes
 
 LARGEST = 5
 """Tensors that a message names."""

@@ -18,6 +18,7 @@ from typing import Any
 from penstock.errors import UserError
 from penstock.model.graph import Graph
 from penstock.plan.assignment import Assignment
+from penstock.plan.files import read_json, write_json
 from penstock.plan.hardware import Cluster
 from penstock.plan.layout import in_words, read_layout
 from penstock.plan.rules import Combination, Signature
@@ -264,10 +265,7 @@ class StepPlan:
         Raises:
             UserError: it cannot be made.
         """
-        try:
-            Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"{path}: {error}", hint="name a file that can be made") from error
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> StepPlan:
@@ -276,13 +274,8 @@ class StepPlan:
         Raises:
             UserError: it is not there, or not a plan.
         """
-        try:
-            values = json.loads(Path(path).read_text())
-        except OSError as error:
-            hint = f"penstock plan JOB.yaml --on cluster.json --save {path} makes one"
-            raise UserError(f"{path}: {error}", hint=hint) from error
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error}", hint="is it a plan?") from error
+        missing = f"penstock plan JOB.yaml --on cluster.json --save {path} makes one"
+        values = read_json(path, missing=missing, wrong="is it a plan?")
         return cls.from_json(values, str(path))
 
     def check(self, graph: Graph) -> None:

@@ -22,11 +22,11 @@ from penstock.model.graph import Graph
 from penstock.plan.hardware import Cluster
 from penstock.plan.layout import in_words
 from penstock.plan.making import plan_pipeline, plan_step
-from penstock.plan.memory import in_bytes
 from penstock.plan.pins import Pins
-from penstock.plan.reasons import in_time, reason
+from penstock.plan.reasons import reason
 from penstock.plan.search import GAP, TIME_LIMIT_S, Search
 from penstock.plan.step import StepPlan
+from penstock.plan.words import in_bytes, in_time
 from penstock.runtime.check import first_batch
 from penstock.runtime.shards import preserved, seed
 

@@ -1,0 +1,21 @@
+"""Operators of our own, beside torch's: `torch.ops.penstock`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import library
+
+_OURS: Any = library.Library("penstock", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def define(schema: str, function: Callable[..., Any]) -> None:
+    """Registers an operator for all devices.
+
+    Arguments:
+        schema: `name(Tensor x, int n) -> Tensor`, as torch writes it.
+        function: what it does; it gives a tensor of its own, and changes none.
+    """
+    _OURS.define(schema)
+    _OURS.impl(schema.partition("(")[0], function, "CompositeExplicitAutograd")
