@@ -373,7 +373,7 @@ def test_the_session_is_stopped(
     thread = threading.Thread(target=stop)
     thread.start()
     asked = on_spark(spark, callbacks=[slow(0.05, of_generation=1)])
-    with pytest.raises(WorkerLost, match=r"Spark's job ended: .*SparkContext was shut down"):
+    with pytest.raises(WorkerLost, match=r"Spark's session ended: \S"):
         asked.run(on=spark, run_dir=str(run), progress=False)
     assert time.monotonic() - stopped[0] < ENDED_S
     thread.join()

@@ -249,7 +249,7 @@ class SparkLauncher:
             events.append(AgentFailed(agent, type(error).__name__, error.message, error.hint))
         if not self._told_ended and self._jobs and self._jobs[-1].ended:
             self._told_ended = True
-            events.append(ClusterFailed(_cause(self._jobs[-1].error)))
+            events.append(ClusterFailed(self._jobs[-1].cause))
         return events
 
     def preparing(self) -> bool:
@@ -413,7 +413,7 @@ class _Job:
 
     Attributes:
         tag: by which Spark knows it.
-        ended, error: whether it has, and what it raised.
+        ended, cause: whether it has, and why where it should not have.
     """
 
     def __init__(
@@ -426,7 +426,7 @@ class _Job:
     ) -> None:
         self.tag = f"penstock-{secrets.token_hex(4)}"
         self.ended = False
-        self.error: BaseException | None = None
+        self.cause = "Spark's job ended before the run did"
         self._session, self._classic, self._wake = session, classic, wake
         self.thread = threading.Thread(
             target=self._collect, args=(make, description), name="penstock-spark", daemon=True
@@ -452,12 +452,22 @@ class _Job:
                 self._session.addTag(self.tag)
             make().collect()
         except BaseException as raised:
-            self.error = raised
+            self.cause = f"Spark's {'session' if self._is_gone() else 'job'} ended: {_said(raised)}"
         self.ended = True
         try:
             self._wake.send(b".")
         except OSError:  # nobody waits any more
             return
+
+    def _is_gone(self) -> bool:
+        """Whether the session is, whichever part of Spark was the first to stumble over that."""
+        try:
+            if self._classic:
+                java = self._session.sparkContext._jsc
+                return java is None or bool(java.sc().isStopped())
+            return bool(self._session.is_stopped)
+        except Exception:  # the JVM is
+            return True
 
 
 def _events(peer: Peer, message: Message | None) -> list[AgentEvent | OfWorker]:
@@ -492,15 +502,12 @@ def _of_worker(message: Message) -> Event:
     )
 
 
-def _cause(error: BaseException | None) -> str:
-    """Why the job has ended, in one line where Spark gives a page."""
-    if error is None:
-        return "Spark's job ended before the run did"
+def _said(error: BaseException) -> str:
+    """What a job raised, in one line where Spark gives a page."""
     if isinstance(error, AttributeError):  # pyspark stumbles over a context that has been stopped
         error = error.__context__ or error
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # Of what a Python worker raised the last line says it; of a Java exception the first does.
     lines = [line.removeprefix(": ") for line in lines]  # py4j's
     raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    said = (raised[-1:] or lines[:1] or [type(error).__name__])[0]
-    return f"Spark's job ended: {said[:500]}"
+    return (raised[-1:] or lines[:1] or [type(error).__name__])[0][:500]

@@ -7,17 +7,17 @@ together. Half precision is combined in float32 and rounded once, at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from penstock.errors import UserError
 from penstock.exchange import tree
-from penstock.exchange.serial import GRAIN, Operator, copy, divide, many_at_once
+from penstock.exchange.serial import GRAIN, Function, Operator, copy, many_at_once
 
 PIECE_BYTES = 128 << 10
 """So much is combined at a time, so that sums within the tree stay in the cache.
@@ -71,10 +71,22 @@ class _Ordered:
     divisor: int = 1
 
     def combine(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        for pieces, piece in _pieces(parts, out):
-            _fold(self.operator, self.order, pieces, piece)
-            if self.divisor > 1:
-                divide(piece, self.divisor)
+        if isinstance(self.order, int):
+            copy(parts[self.order], out)
+            return
+        length, step = len(out), _at_once(out)
+        function, pieces, piece = self.operator.ready(parts, out)
+        if length <= step or (len(parts) == 2 and many_at_once(out.dtype)):  # nothing is kept
+            self._combine(function, pieces, piece)
+            return
+        for start in range(0, length, step):
+            stop = start + step
+            self._combine(function, [each[start:stop] for each in pieces], piece[start:stop])
+
+    def _combine(self, function: Function, parts: Sequence[Any], out: Any) -> None:
+        _fold(function, self.order, parts, out)
+        if self.divisor > 1:
+            out /= self.divisor
 
     def grouped(
         self, groups: Sequence[Sequence[int]], dtype: torch.dtype
@@ -128,10 +140,11 @@ class Reduction:
         if out.dtype not in _NARROW:
             ordered.combine(parts, out)
             return
-        for pieces, piece in _pieces(parts, out):
-            wide = [part.float() for part in pieces]
+        step = _at_once(out)
+        for start in range(0, len(out), step):
+            wide = [part[start : start + step].float() for part in parts]
             ordered.combine(wide, wide[0])
-            piece.copy_(wide[0])
+            out[start : start + step].copy_(wide[0])
 
     def grouped(
         self, groups: Sequence[Sequence[int]], dtype: torch.dtype
@@ -178,34 +191,14 @@ def _ordered(op: str, parts: int) -> _Ordered:
     return _Ordered(_OPERATORS[op], tree.order(parts), parts if op == "avg" else 1)
 
 
-def _pieces(
-    parts: Sequence[torch.Tensor], out: torch.Tensor
-) -> Iterator[tuple[Sequence[torch.Tensor], torch.Tensor]]:
-    """The parts and the result, so much at a time."""
-    many = many_at_once(out.dtype)
-    step = PIECE_BYTES // out.itemsize if many else GRAIN - 64
-    if len(out) <= step or (many and len(parts) == 2):  # nothing is kept on the way
-        yield parts, out
-        return
-    for start in range(0, len(out), step):
-        stop = start + step
-        yield [part[start:stop] for part in parts], out[start:stop]
+def _at_once(tensor: torch.Tensor) -> int:
+    """How many elements are combined at a time."""
+    return min(PIECE_BYTES // tensor.itemsize, GRAIN - 64)
 
 
-def _fold(
-    operator: Operator,
-    order: tree.Order,
-    parts: Sequence[torch.Tensor],
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    """All parts combined in this order: in `out`, else in a tensor that may be one of the parts."""
+def _fold(function: Function, order: tree.Order, parts: Sequence[Any], out: Any = None) -> Any:
+    """All parts combined in this order: in `out`, else in what may be one of the parts."""
     if isinstance(order, int):
-        if out is None:
-            return parts[order]
-        copy(parts[order], out)
-        return out
-    left = _fold(operator, order[0], parts, None)
-    right = _fold(operator, order[1], parts, None)
-    if out is None:
-        out = torch.empty_like(left)
-    return operator(left, right, out)
+        return parts[order]
+    left, right = _fold(function, order[0], parts), _fold(function, order[1], parts)
+    return function(left, right, out=out)
