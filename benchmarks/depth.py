@@ -2,7 +2,7 @@
 
     plain       the module, its backward and torch's optimizer
     penstock    the captured step, what it updates written in place, with the cheapest
-                recomputation that fits (`plan.recompute`)
+                recomputation that fits (`penstock.plan.memory.recompute`)
 
     python benchmarks/depth.py [--memory 2e9] [--times 2.5] [--rounds 5] [--only gpt]
 
@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from penstock.model import zoo
 from penstock.model.capture import capture
 from penstock.model.graph import Graph, Node
-from penstock.plan.cost import Measured, is_view
-from penstock.plan.memory import Lifetimes
-from penstock.plan.recompute import Recomputation
+from penstock.plan.costs.operators import Measured, is_view
+from penstock.plan.memory.liveness import Lifetimes
+from penstock.plan.memory.recompute import Recomputation
 from penstock.plan.words import in_bytes
 from penstock.runtime.heap import keep_freed_memory
 from penstock.testing.memory import Stepper, measured_peak

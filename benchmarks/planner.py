@@ -7,9 +7,9 @@
     bound           no way in which repeated layers are split alike takes less (where the search ran
                     out of time, a bound that is less sharp)
 
-No machine is measured: all are priced by the same model (penstock.plan.price) on a made-up cluster
-of --flops a device and links of so many bits per second between all devices of a host, and between
-hosts. The search itself is measured: seconds with what it spends on presets, of them HiGHS.
+No machine is measured: all are priced by the same model (penstock.plan.search.price) on a made-up
+cluster of --flops a device and links of so many bits per second between all devices of a host, and
+between hosts. The search itself is measured: seconds with what it spends on presets, of them HiGHS.
 
     python benchmarks/planner.py [--networks vgg16,gpt6,gpt24,recommender] [--mesh 8,2x8,8x8,128x8]
         [--gbit 1,10,100] [--flops 1e13] [--per-device N] [--time-limit 60] [--gap 0.01]
@@ -33,8 +33,8 @@ from penstock.exchange.cost import Link
 from penstock.model import zoo
 from penstock.model.capture import capture
 from penstock.model.graph import Graph
-from penstock.plan.hardware import Cluster, Device
-from penstock.plan.search import Found, Search
+from penstock.plan.costs.hardware import Cluster, Device
+from penstock.plan.search.search import Found, Search
 
 LATENCY_S, MESSAGE_S = 20e-6, 1e-6
 OPERATOR_S = 5e-6

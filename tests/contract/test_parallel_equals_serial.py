@@ -21,15 +21,15 @@ from penstock.errors import PlanError
 from penstock.model.capture import capture
 from penstock.model.graph import Graph
 from penstock.plan.assignment import Assignment
-from penstock.plan.formula import Signature
-from penstock.plan.interpret import run_all
+from penstock.plan.costs.routes import Routes
 from penstock.plan.layout import B, P
-from penstock.plan.lower import lower
-from penstock.plan.program import Call, Program
-from penstock.plan.routes import Routes
-from penstock.plan.rules import has_rule
-from penstock.plan.search import Search
-from penstock.plan.verify import verify
+from penstock.plan.programs.interpret import run_all
+from penstock.plan.programs.lower import lower
+from penstock.plan.programs.program import Call, Program
+from penstock.plan.programs.verify import verify
+from penstock.plan.rules.formula import Signature
+from penstock.plan.rules.signatures import has_rule
+from penstock.plan.search.search import Search
 from penstock.testing.assignments import STYLES, Style, cluster, styled
 from penstock.testing.networks import ADAMW, SGD, TINY, Example, following, tiny
 

@@ -20,15 +20,15 @@ from penstock.errors import PlanError
 from penstock.model.capture import capture
 from penstock.model.clipping import Clipping
 from penstock.model.graph import Graph
-from penstock.plan.cost import flops
-from penstock.plan.footprint import footprint
-from penstock.plan.micro_batch import accumulated
-from penstock.plan.pipeline import Stages, cut
-from penstock.plan.program import Finish, Program, Receive, Send
-from penstock.plan.routes import Routes
-from penstock.plan.schedule import interleaved
-from penstock.plan.staged import Staged, staged, staged_program
-from penstock.plan.verify import verify
+from penstock.plan.costs.operators import flops
+from penstock.plan.costs.routes import Routes
+from penstock.plan.memory.footprint import footprint
+from penstock.plan.pipelines.micro_batch import accumulated
+from penstock.plan.pipelines.schedule import interleaved
+from penstock.plan.pipelines.staged import Staged, staged, staged_program
+from penstock.plan.pipelines.stages import Stages, cut
+from penstock.plan.programs.program import Finish, Program, Receive, Send
+from penstock.plan.programs.verify import verify
 from penstock.testing.assignments import Style, cluster, styled
 from penstock.testing.networks import ADAMW, SGD, Example, following, tiny
 

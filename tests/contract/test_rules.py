@@ -16,9 +16,9 @@ from torch.utils.flop_counter import flop_registry
 from penstock.model import zoo
 from penstock.model.capture import capture
 from penstock.model.graph import Graph, Node, Ref, Spec, operator_of, replaced
-from penstock.plan import views
 from penstock.plan.layout import B, P, S
-from penstock.plan.rules import (
+from penstock.plan.rules import views
+from penstock.plan.rules.signatures import (
     RULES,
     Combination,
     Signature,

@@ -20,9 +20,8 @@ from penstock.exchange import loopback
 from penstock.exchange.cost import Link, Links, simulate
 from penstock.model.graph import Graph, Input, Output, Spec
 from penstock.plan.assignment import Assignment
-from penstock.plan.groups import in_this_process
-from penstock.plan.hardware import Cluster, Device
-from penstock.plan.interpret import interpret
+from penstock.plan.costs.hardware import Cluster, Device
+from penstock.plan.costs.routes import Hop, Routes, plain
 from penstock.plan.layout import (
     B,
     Layout,
@@ -36,11 +35,12 @@ from penstock.plan.layout import (
     possible,
     split,
 )
-from penstock.plan.lower import lower
-from penstock.plan.moves import exchange_hop, local_hop
-from penstock.plan.program import Exchange, Program
-from penstock.plan.routes import Hop, Routes, plain
-from penstock.plan.verify import verify
+from penstock.plan.programs.groups import in_this_process
+from penstock.plan.programs.interpret import interpret
+from penstock.plan.programs.lower import lower
+from penstock.plan.programs.moves import exchange_hop, local_hop
+from penstock.plan.programs.program import Exchange, Program
+from penstock.plan.programs.verify import verify
 
 pytestmark = pytest.mark.usefixtures("deadline")
 

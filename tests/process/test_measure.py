@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from penstock.plan.hardware import Cluster
+from penstock.plan.costs.hardware import Cluster
 
 
 def test_doctor_makes_a_cluster(tmp_path: Path) -> None:

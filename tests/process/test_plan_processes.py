@@ -15,11 +15,12 @@ import torch.distributed as dist
 from penstock.errors import UserError
 from penstock.model.capture import capture
 from penstock.model.graph import Spec
-from penstock.plan.groups import connected, of_mesh
-from penstock.plan.interpret import interpret, joined, renewed, scattered
+from penstock.plan.costs.routes import Routes
 from penstock.plan.layout import B, Layout
-from penstock.plan.lower import lower
-from penstock.plan.program import (
+from penstock.plan.programs.groups import connected, of_mesh
+from penstock.plan.programs.interpret import interpret, joined, renewed, scattered
+from penstock.plan.programs.lower import lower
+from penstock.plan.programs.program import (
     Exchange,
     Finish,
     Free,
@@ -30,8 +31,7 @@ from penstock.plan.program import (
     Send,
     Value,
 )
-from penstock.plan.routes import Routes
-from penstock.plan.verify import verify
+from penstock.plan.programs.verify import verify
 from penstock.testing.assignments import Style, cluster, styled
 from penstock.testing.group import in_processes
 from penstock.testing.networks import ADAMW, following, tiny

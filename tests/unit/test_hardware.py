@@ -16,8 +16,8 @@ import torch
 from penstock.cli import hardware as command
 from penstock.errors import UserError, WorkerLost
 from penstock.exchange.cost import Link
-from penstock.plan import hardware, measure
-from penstock.plan.hardware import Cluster, Device, read_bytes, read_seconds
+from penstock.plan.costs import hardware, measure
+from penstock.plan.costs.hardware import Cluster, Device, read_bytes, read_seconds
 
 DEVICE = Device("made up", {"float32": 2e11, "bfloat16": 1e11}, 2e10, 1 << 34, 5e-6)
 CLUSTER = Cluster(2, 8, DEVICE, Link(2e-5, 4e9, 2e-6), Link(1e-4, 1.25e9, 5e-6))

@@ -17,10 +17,10 @@ from penstock.exchange.cost import Link
 from penstock.model.capture import capture
 from penstock.model.graph import Graph, Node
 from penstock.plan.assignment import Assignment
-from penstock.plan.hardware import Cluster, Device
-from penstock.plan.micro_batch import accumulated, cut_batch
-from penstock.plan.pipeline import Stages, crossing_bytes, cut
-from penstock.plan.pipeline_search import (
+from penstock.plan.costs.hardware import Cluster, Device
+from penstock.plan.pipelines.micro_batch import accumulated, cut_batch
+from penstock.plan.pipelines.schedule import interleaved
+from penstock.plan.pipelines.search import (
     Candidate,
     choose,
     inside_of,
@@ -28,8 +28,8 @@ from penstock.plan.pipeline_search import (
     send_s,
     stage_counts,
 )
-from penstock.plan.schedule import interleaved
-from penstock.plan.search import Search
+from penstock.plan.pipelines.stages import Stages, crossing_bytes, cut
+from penstock.plan.search.search import Search
 from penstock.testing.assignments import styled
 from penstock.testing.networks import SGD, tiny
 

@@ -15,13 +15,13 @@ from penstock.errors import PlanError
 from penstock.exchange.cost import Link
 from penstock.model.capture import capture
 from penstock.model.graph import Graph, Input, Node, Output, Ref, Spec, refs
-from penstock.plan import cost
 from penstock.plan.assignment import Assignment
-from penstock.plan.cost import Measured, Operator, StepTime, flops, operator_s, predict
-from penstock.plan.hardware import Cluster, Device
+from penstock.plan.costs import operators as cost
+from penstock.plan.costs.hardware import Cluster, Device
+from penstock.plan.costs.operators import Measured, Operator, StepTime, flops, operator_s, predict
+from penstock.plan.costs.routes import Routes
 from penstock.plan.layout import B, Layout, P, Placement, S
-from penstock.plan.routes import Routes
-from penstock.plan.rules import Signature, combinations, signatures
+from penstock.plan.rules.signatures import Signature, combinations, signatures
 
 DEVICE = Device("made up", {"float32": 1e9, "bfloat16": 4e9}, 1e8, 1 << 34, 1e-5)
 CLUSTER = Cluster(1, 4, DEVICE, Link(1e-4, 1e8, 1e-6), Link(1e-4, 1e8, 1e-6))

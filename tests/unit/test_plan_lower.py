@@ -20,14 +20,14 @@ from penstock.errors import PlanError, TransportError
 from penstock.model.capture import capture
 from penstock.model.graph import Graph, Input, Node, Output, Phase, Ref, Spec
 from penstock.plan.assignment import Assignment
-from penstock.plan.formula import Signature
-from penstock.plan.groups import in_this_process
-from penstock.plan.interpret import run_all
+from penstock.plan.costs.routes import Routes
 from penstock.plan.layout import B, Layout, P, Placement, S
-from penstock.plan.lower import lower
-from penstock.plan.program import Call, Exchange, Finish, Free, Instruction, Local, Program
-from penstock.plan.routes import Routes
-from penstock.plan.verify import verify
+from penstock.plan.programs.groups import in_this_process
+from penstock.plan.programs.interpret import run_all
+from penstock.plan.programs.lower import lower
+from penstock.plan.programs.program import Call, Exchange, Finish, Free, Instruction, Local, Program
+from penstock.plan.programs.verify import verify
+from penstock.plan.rules.formula import Signature
 from penstock.testing.assignments import Style, cluster, styled
 from penstock.testing.networks import SGD, tiny
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from penstock.model import zoo
 from penstock.model.capture import capture
 from penstock.model.graph import Graph, Input, Node, Output, Ref, Spec
-from penstock.plan.memory import (
+from penstock.plan.memory.liveness import (
     Event,
     Lifetimes,
     Made,
@@ -25,7 +25,7 @@ from penstock.plan.memory import (
     pack,
     roots,
 )
-from penstock.plan.scratch import scratch_bytes
+from penstock.plan.memory.scratch import scratch_bytes
 from penstock.testing.memory import Stepper, measured_peak
 from penstock.testing.networks import ADAMW, Example, following, tiny
 

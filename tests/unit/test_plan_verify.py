@@ -15,9 +15,10 @@ from penstock.errors import PlanError
 from penstock.model.capture import capture
 from penstock.model.graph import Graph, Spec
 from penstock.plan.assignment import Assignment
+from penstock.plan.costs.routes import Routes
 from penstock.plan.layout import B, S
-from penstock.plan.lower import lower
-from penstock.plan.program import (
+from penstock.plan.programs.lower import lower
+from penstock.plan.programs.program import (
     Call,
     Exchange,
     Finish,
@@ -31,8 +32,7 @@ from penstock.plan.program import (
     Send,
     Value,
 )
-from penstock.plan.routes import Routes
-from penstock.plan.verify import verify
+from penstock.plan.programs.verify import verify
 from penstock.testing.assignments import cluster, styled
 from penstock.testing.networks import SGD, tiny
 

@@ -15,10 +15,10 @@ from penstock.model import zoo
 from penstock.model.capture import capture
 from penstock.model.graph import Graph
 from penstock.plan.assignment import Assignment
-from penstock.plan.hardware import Cluster, Device
+from penstock.plan.costs.hardware import Cluster, Device
 from penstock.plan.layout import B, P, S
-from penstock.plan.presets import PRESETS
-from penstock.plan.search import Search
+from penstock.plan.search.presets import PRESETS
+from penstock.plan.search.search import Search
 
 LINK = Link(20e-6, 1.25e9, 1e-6)
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from penstock.model import zoo
 from penstock.model.capture import capture
 from penstock.model.graph import Graph, Node
-from penstock.plan.memory import Lifetimes, source_of
-from penstock.plan.mincut import Cut
-from penstock.plan.recompute import AGAIN, Candidate, Recomputation, again
-from penstock.plan.segments import Call, Stored, _abstract, _borders, _crossing, _hull
+from penstock.plan.memory.liveness import Lifetimes, source_of
+from penstock.plan.memory.mincut import Cut
+from penstock.plan.memory.recompute import AGAIN, Candidate, Recomputation, again
+from penstock.plan.memory.segments import Call, Stored, _abstract, _borders, _crossing, _hull
 from penstock.testing.memory import Stepper, measured_peak
 from penstock.testing.networks import ADAMW, Example, following, tiny
 

@@ -10,10 +10,10 @@ import pytest
 
 from penstock.errors import UserError
 from penstock.exchange.cost import Link, Links, candidates, costs
-from penstock.plan import routes
-from penstock.plan.hardware import Cluster, Device
+from penstock.plan.costs import routes
+from penstock.plan.costs.hardware import Cluster, Device
+from penstock.plan.costs.routes import Hop, Line, Routes, Way, layouts, plain
 from penstock.plan.layout import B, Layout, P, S, in_words, part, possible, read_layout
-from penstock.plan.routes import Hop, Line, Routes, Way, layouts, plain
 
 DEVICE = Device("made up", {"float32": 1e11}, 2e10, 1 << 34, 5e-6)
 NEAR, FAR = Link(2e-5, 4e9, 2e-6), Link(1e-4, 1.25e9, 5e-6)

@@ -10,7 +10,7 @@ import torch
 
 from penstock.model.graph import Node, Ref, Spec, operator_of
 from penstock.plan.layout import B, P, Placement, S
-from penstock.plan.rules import Signature, signatures
+from penstock.plan.rules.signatures import Signature, signatures
 
 PARTS = 2
 Said = tuple[bool, list[Placement]]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from penstock.model.graph import Graph, Input, Node, Ref, Spec
-from penstock.plan.formula import read
 from penstock.plan.layout import B, P, S, everyone, in_words
-from penstock.plan.rules import (
+from penstock.plan.rules.formula import read
+from penstock.plan.rules.signatures import (
     Signature,
     combinations,
     has_rule,
@@ -19,7 +19,7 @@ from penstock.plan.rules import (
     signatures,
     units_of,
 )
-from penstock.plan.views import groups
+from penstock.plan.rules.views import groups
 
 Shape = tuple[int, ...]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from penstock.errors import PlanError, UserError
-from penstock.plan.schedule import Schedule, Task, interleaved, one_f_one_b, simulate
+from penstock.plan.pipelines.schedule import Schedule, Task, interleaved, one_f_one_b, simulate
 
 CASES = [(p, 1, k) for p in (1, 2, 3, 4, 8) for k in (1, 2, 3, 5, 8, 16)] + [
     (p, v, p * groups) for p in (2, 3, 4, 8) for v in (2, 3, 4) for groups in (1, 2, 4)

@@ -21,19 +21,19 @@ from penstock.exchange.cost import Link
 from penstock.model import zoo
 from penstock.model.capture import capture
 from penstock.model.graph import Graph, Input, Node, Output, Phase, Ref, Spec
-from penstock.plan import best as best_module
 from penstock.plan.assignment import Assignment
-from penstock.plan.cells import cells_of
-from penstock.plan.formula import Signature
-from penstock.plan.hardware import Cluster, Device
-from penstock.plan.integer import Limits
-from penstock.plan.joins import Cell, Choice, joined
+from penstock.plan.costs.hardware import Cluster, Device
 from penstock.plan.layout import B, Layout, P, Placement, S, possible
-from penstock.plan.price import ClusterPrices, price
 from penstock.plan.reasons import reason
-from penstock.plan.search import Found, Search
-from penstock.plan.tally import Tally
-from penstock.plan.ties import alike, tied
+from penstock.plan.rules.formula import Signature
+from penstock.plan.rules.joins import Cell, Choice, joined
+from penstock.plan.search import best as best_module
+from penstock.plan.search.cells import cells_of
+from penstock.plan.search.integer import Limits
+from penstock.plan.search.price import ClusterPrices, price
+from penstock.plan.search.search import Found, Search
+from penstock.plan.search.tally import Tally
+from penstock.plan.search.ties import alike, tied
 
 FLOAT = torch.float32
 
@@ -199,7 +199,7 @@ def test_joined_views_lose_nothing(bits_per_s: float, monkeypatch: pytest.Monkey
     search = Search(graph, machines)
     found = search.find(gap=1e-9)
     assert found.price.step_s == pytest.approx(least_by_cells(search), rel=1e-6)
-    monkeypatch.setattr("penstock.plan.joins._Net.join_views", lambda self: None)
+    monkeypatch.setattr("penstock.plan.rules.joins._Net.join_views", lambda self: None)
     apart = Search(graph, machines)
     assert len(apart.cells.cells) > len(search.cells.cells)
     assert found.price.step_s == pytest.approx(apart.find(gap=1e-9).price.step_s, rel=1e-6)
@@ -335,7 +335,7 @@ def test_a_preset_is_the_answer_if_the_program_gives_something_worse(
     search = Search(step_of("convolutional"), cluster(8, 1e10))
     poor = tuple(len(cell.choices) - 1 for cell in search.cells.cells)
     answer = best_module.Answer(poor, None, 0.0, False, True, 0, 0, 0, 1)
-    monkeypatch.setattr("penstock.plan.search.best", lambda *_: answer)
+    monkeypatch.setattr("penstock.plan.search.search.best", lambda *_: answer)
     found = search.find()
     assert found.origin in found.presets
     assert found.price.step_s == min(known.step_s for _, known in found.presets.values())
@@ -367,7 +367,7 @@ def test_weights_find_what_the_whole_program_finds(monkeypatch: pytest.MonkeyPat
     machines = cluster(8, 1e9)
     whole = Search(graph, machines).find(gap=1e-4)
     monkeypatch.setattr(best_module, "EXACT_CHOICES", 0)
-    monkeypatch.setattr("penstock.plan.best._Best._is_close", lambda self: True)
+    monkeypatch.setattr("penstock.plan.search.best._Best._is_close", lambda self: True)
     by_weights = Search(graph, machines).find(gap=0.01)
     assert 0.98 * whole.price.step_s <= by_weights.bound_s <= whole.price.step_s * (1 + 1e-9)
     assert by_weights.price.step_s <= whole.price.step_s * 1.01

@@ -25,15 +25,15 @@ from penstock.job import Averaging, Clip, Job
 from penstock.model import zoo
 from penstock.model.capture import capture
 from penstock.model.graph import Graph
-from penstock.plan.footprint import footprint
-from penstock.plan.hardware import Cluster, Device
+from penstock.plan.costs.hardware import Cluster, Device
+from penstock.plan.costs.routes import Routes
 from penstock.plan.layout import B, S
-from penstock.plan.lower import lower
 from penstock.plan.making import plan_step
-from penstock.plan.memory import Lifetimes
+from penstock.plan.memory.footprint import footprint
+from penstock.plan.memory.liveness import Lifetimes
 from penstock.plan.picture import picture
-from penstock.plan.routes import Routes
-from penstock.plan.rules import Signature
+from penstock.plan.programs.lower import lower
+from penstock.plan.rules.signatures import Signature
 from penstock.plan.step import (
     Stages,
     StepPlan,

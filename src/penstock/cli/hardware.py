@@ -14,8 +14,8 @@ from penstock.cli import network
 from penstock.cli.doctor import memory_limit_bytes
 from penstock.errors import UserError
 from penstock.exchange.cost import Link
-from penstock.plan.hardware import Cluster, read_bytes, read_seconds
-from penstock.plan.measure import measure as measure_device
+from penstock.plan.costs.hardware import Cluster, read_bytes, read_seconds
+from penstock.plan.costs.measure import measure as measure_device
 
 _WORKER_BYTES = 1 << 29
 """What a worker takes before its network. [measured: torch 2.13 and its threads, 2026-11]"""

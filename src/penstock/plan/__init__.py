@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from penstock.plan.plan import Borders, Plan
 
 if TYPE_CHECKING:
-    from penstock.plan.hardware import Cluster
+    from penstock.plan.costs.hardware import Cluster
     from penstock.plan.step import StepPlan
 
 __all__ = ["Borders", "Cluster", "Plan", "StepPlan"]
 
-_HOMES = {"Cluster": "penstock.plan.hardware", "StepPlan": "penstock.plan.step"}
+_HOMES = {"Cluster": "penstock.plan.costs.hardware", "StepPlan": "penstock.plan.step"}
 
 
 class _Planning(ModuleType):

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from penstock.errors import PlanError
 from penstock.model.graph import Graph, Node, Output
+from penstock.plan.costs.routes import Routes, Way, plain
 from penstock.plan.layout import B, Layout, P, in_words
-from penstock.plan.routes import Routes, Way, plain
 
 if TYPE_CHECKING:
-    from penstock.plan.rules import Signature
+    from penstock.plan.rules.signatures import Signature
 
 
 @dataclass(frozen=True)

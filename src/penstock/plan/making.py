@@ -19,19 +19,19 @@ from typing import Any
 from penstock.errors import NetworkError
 from penstock.model.graph import Graph, Node
 from penstock.plan.assignment import Assignment, Change
-from penstock.plan.cost import flops
-from penstock.plan.footprint import footprint
-from penstock.plan.hardware import Cluster
+from penstock.plan.costs.hardware import Cluster
+from penstock.plan.costs.operators import flops
 from penstock.plan.layout import in_words, largest_shape
-from penstock.plan.lower import lower
-from penstock.plan.memory import pack
-from penstock.plan.pins import Pins
-from penstock.plan.pipeline_search import choose, inside_of
-from penstock.plan.price import ClusterPrices, Price, price
-from penstock.plan.recompute import AGAIN, Recomputation
-from penstock.plan.rules import has_rule
-from penstock.plan.search import GAP, TIME_LIMIT_S, Found, Search
-from penstock.plan.shortage import Remedy, Shortage, recomputed, smaller_batch
+from penstock.plan.memory.footprint import footprint
+from penstock.plan.memory.liveness import pack
+from penstock.plan.memory.recompute import AGAIN, Recomputation
+from penstock.plan.memory.shortage import Remedy, Shortage, recomputed, smaller_batch
+from penstock.plan.pipelines.search import choose, inside_of
+from penstock.plan.programs.lower import lower
+from penstock.plan.rules.signatures import has_rule
+from penstock.plan.search.pins import Pins
+from penstock.plan.search.price import ClusterPrices, Price, price
+from penstock.plan.search.search import GAP, TIME_LIMIT_S, Found, Search
 from penstock.plan.step import Layer, Memory, Route, Stages, StepPlan, Times
 
 POINTS = 240

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from penstock.errors import UserError, did_you_mean
-from penstock.plan.best import best
-from penstock.plan.cells import Cells, assignment_of
-from penstock.plan.integer import Limits
-from penstock.plan.joins import Cell, Choice
 from penstock.plan.layout import Layout, in_words
-from penstock.plan.price import Price
-from penstock.plan.search import GAP, Found, Search
-from penstock.plan.ties import alike
+from penstock.plan.rules.joins import Cell, Choice
+from penstock.plan.search.best import best
+from penstock.plan.search.cells import Cells, assignment_of
+from penstock.plan.search.integer import Limits
+from penstock.plan.search.price import Price
+from penstock.plan.search.search import GAP, Found, Search
+from penstock.plan.search.ties import alike
 from penstock.plan.words import in_time
 
 NEAR = 8

@@ -18,10 +18,10 @@ from typing import Any
 from penstock.errors import UserError
 from penstock.model.graph import Graph
 from penstock.plan.assignment import Assignment
+from penstock.plan.costs.hardware import Cluster
 from penstock.plan.files import read_json, write_json
-from penstock.plan.hardware import Cluster
 from penstock.plan.layout import in_words, read_layout
-from penstock.plan.rules import Combination, Signature
+from penstock.plan.rules.signatures import Combination, Signature
 
 FORMAT = 1
 

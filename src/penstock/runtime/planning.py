@@ -19,12 +19,12 @@ from penstock.job import AllReduce, Job
 from penstock.model.capture import capture
 from penstock.model.clipping import Clipping
 from penstock.model.graph import Graph
-from penstock.plan.hardware import Cluster
+from penstock.plan.costs.hardware import Cluster
 from penstock.plan.layout import in_words
 from penstock.plan.making import plan_pipeline, plan_step
-from penstock.plan.pins import Pins
 from penstock.plan.reasons import reason
-from penstock.plan.search import GAP, TIME_LIMIT_S, Search
+from penstock.plan.search.pins import Pins
+from penstock.plan.search.search import GAP, TIME_LIMIT_S, Search
 from penstock.plan.step import StepPlan
 from penstock.plan.words import in_bytes, in_time
 from penstock.runtime.check import first_batch

@@ -12,10 +12,10 @@ from typing import Literal, get_args
 from penstock.exchange.cost import Link
 from penstock.model.graph import Graph, Input, Node
 from penstock.plan.assignment import Assignment
-from penstock.plan.hardware import Cluster, Device
+from penstock.plan.costs.hardware import Cluster, Device
+from penstock.plan.costs.routes import Routes
 from penstock.plan.layout import B, Layout, P, Placement, S, largest_shape, possible
-from penstock.plan.routes import Routes
-from penstock.plan.rules import Signature, combinations
+from penstock.plan.rules.signatures import Signature, combinations
 
 Style = Literal["data", "zero", "model", "mixed"]
 STYLES: tuple[Style, ...] = get_args(Style)

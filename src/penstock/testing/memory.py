@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from penstock.model.graph import Graph, operator_of
-from penstock.plan.memory import in_place
+from penstock.plan.memory.liveness import in_place
 
 
 def measured_peak(function: Callable[[], Any], device: str = "cpu") -> int:

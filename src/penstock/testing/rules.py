@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from penstock.model.graph import Graph, Node, Ref, Spec
-from penstock.plan.formula import argument
 from penstock.plan.layout import B, Layout, P, everyone, in_words, local_shape, rank_of, split
-from penstock.plan.rules import Combination, Units, combinations, localized
+from penstock.plan.rules.formula import argument
+from penstock.plan.rules.signatures import Combination, Units, combinations, localized
 
 aten = torch.ops.aten
 TOLERANCE = 1e-9

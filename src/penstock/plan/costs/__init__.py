@@ -1,0 +1,1 @@
+"""What operators and ways take on a cluster."""

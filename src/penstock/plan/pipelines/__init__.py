@@ -1,0 +1,1 @@
+"""Stages of a network on ranks of their own."""

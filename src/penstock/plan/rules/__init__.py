@@ -1,0 +1,1 @@
+"""Which splits of an operator are right."""

@@ -1,0 +1,1 @@
+"""Which split is the fastest."""
