@@ -79,6 +79,9 @@ class Table:
                 found.append(one)
         return found
 
+    def units(self, name: str) -> tuple[Placement, ...]:
+        return ()
+
     def operator_s(self, node: Node, chosen: Sequence[Signature]) -> float:
         return self._draw("time", node.name, chosen)
 

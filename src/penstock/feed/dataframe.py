@@ -3,6 +3,7 @@
     driver    DataFrameSource.frame_of(session): the columns, checked before any job
     agents    `intake`: rows of Spark's partitions into spools, as they come
     worker    SpooledSource: the records of its shards, from those spools as they grow
+    planner   HeadSource: the first rows, on the driver, for their shapes
 
 pyarrow and pyspark are imported inside the functions that use them, as in `columns`.
 """
@@ -10,6 +11,7 @@ pyarrow and pyspark are imported inside the functions that use them, as in `colu
 from __future__ import annotations
 
 import os
+import tempfile
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -20,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 from penstock.errors import DataError, JobError
 from penstock.feed.bad import BadRecords
 from penstock.feed.columns import Features, Image, Place, Selection, unsuitable
+from penstock.feed.converter import Converter, Values
 from penstock.feed.decode import stages_of
 from penstock.feed.filling import SPOOL
 from penstock.feed.intake import MEND, Arrival, numbers
-from penstock.feed.manifest import NO_CHECKSUM, Manifest, Part, Piece, partition_of
+from penstock.feed.manifest import NO_CHECKSUM, Manifest, Part, Partition, Piece, partition_of
 from penstock.feed.shelf import ALIVE, partitions_of
 from penstock.feed.source import Records, Source, Stage
+from penstock.feed.spool import SpoolWriter
 from penstock.feed.spooled import SpoolRecords
 
 if TYPE_CHECKING:
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
 
 LOST_S = 30.0
 """How long the driver may take to end a worker whose data was lost with another agent."""
+HEAD_ROWS = 32
+"""How many rows tell what all are like: more than one, for the first may be bad."""
+NO_ROWS = "does its query, or its filter, leave any rows?"
 
 
 def dataframe(
@@ -128,6 +135,41 @@ class DataFrameSource:
                 f"{self._label}: {str(error).strip().splitlines()[0]}",
                 hint="give every column its own name",
             ) from error
+
+    @property
+    def bound(self) -> bool:
+        """Whether it is a DataFrame, and so of a session; else one must be given."""
+        return hasattr(self._frame, "mapInArrow")
+
+    def head(self, name: str, session: Any = None) -> HeadSource:
+        """Its first rows, which are tensors as those of workers are. Runs one Spark job.
+
+        Nothing is told of bad records here, and none are kept.
+
+        Arguments:
+            name: of the source in the run, for messages.
+            session: a SparkSession, where it is not `bound`.
+
+        Raises:
+            DataError: as `frame_of`; Spark cannot compute the rows; there are none, or none that
+                is good; a bad row, where that is an error.
+        """
+        frame = self.frame_of(session)
+        try:
+            table = frame.limit(HEAD_ROWS).toArrow()
+        except Exception as error:  # what a query, a function or the JVM raises
+            raise DataError(
+                f"{name}: Spark cannot compute the first rows of {self._label}: {_said(error)}",
+                hint="does frame.show() work?",
+            ) from error
+        if not table.num_rows:
+            raise DataError(f"{name}: there are no rows in {self._label}", hint=NO_ROWS)
+        bad = BadRecords("error" if self.bad.stops else "skip")
+        converter = Converter(self._selection, Place(name, "", mend=MEND), bad)
+        values = [converter.convert(batch) for batch in table.to_batches()]
+        if not converter.known.empty:
+            raise bad.every(f"{name}, its first rows")
+        return HeadSource(name, self._selection.features, tuple(values), bad)
 
     def spooled(self, name: str, number: int) -> SpooledSource:
         """The same records for workers.
@@ -239,6 +281,47 @@ class SpooledSource:
         return [p for p in partitions_of(self._folder) if p % shards == shard]
 
 
+@dataclass(frozen=True)
+class HeadSource:
+    """Rows of a DataFrame that are here already, read as a worker reads its spools.
+
+    Arguments:
+        name: of the source in the run.
+        features: as `dataframe` has them.
+        values: the rows, as an agent spools them.
+        bad: what becomes of images that cannot be decoded.
+    """
+
+    name: str
+    features: str | tuple[str, ...] | Image
+    values: tuple[Values, ...]
+    bad: BadRecords
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What decodes encoded images, if there are any."""
+        return stages_of(self.features, self.name, self.bad)
+
+    def manifest(self) -> Manifest:
+        rows = sum(len(each["y"]) for each in self.values)
+        return Manifest((Partition("first rows", rows),), whole=True)
+
+    def open(self, pieces: Sequence[Piece]) -> SpoolRecords:
+        """All of them: there is one partition, and it is whole."""
+        with tempfile.TemporaryDirectory(prefix="penstock-head-") as folder:
+            spool = Path(folder) / "0"
+            writer = SpoolWriter(spool, self.name)
+            for values in self.values:
+                writer.write(values)
+            writer.close()
+            records = SpoolRecords(lambda n: spool if n == 0 else None, self.name)
+            assert records.whole  # and so mapped: the folder can go
+            return records
+
+    def describe(self) -> None:
+        return None
+
+
 def manifest_of(name: str, parts: Sequence[Part]) -> Manifest:
     """The manifest of one source, whole partitions numbered from 0.
 
@@ -288,3 +371,10 @@ def _arrow_schema(fields: Sequence[Any], wanted: Sequence[str], place: Place) ->
                 raise unsuitable(name, name, replace(place, column=each.name)) from error
         found.append(pa.field(each.name, kind))
     return pa.schema(found)
+
+
+def _said(error: Exception) -> str:
+    """What an error says first; of a Java exception, which Python is told of at length, that."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    java = next((line.removeprefix(": ") for line in lines if line.startswith(": ")), None)
+    return java or next(iter(lines), type(error).__name__)

@@ -10,12 +10,18 @@ from torch import library
 _OURS: Any = library.Library("penstock", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def define(schema: str, function: Callable[..., Any]) -> None:
+def define(
+    schema: str, function: Callable[..., Any], shapes: Callable[..., Any] | None = None
+) -> None:
     """Registers an operator for all devices.
 
     Arguments:
         schema: `name(Tensor x, int n) -> Tensor`, as torch writes it.
         function: what it does; it gives a tensor of its own, and changes none.
+        shapes: what it gives on tensors without memory, where `function` would be slow to say.
     """
     _OURS.define(schema)
-    _OURS.impl(schema.partition("(")[0], function, "CompositeExplicitAutograd")
+    name = schema.partition("(")[0]
+    _OURS.impl(name, function, "CompositeExplicitAutograd")
+    if shapes is not None:
+        _OURS.impl(name, shapes, "Meta")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from contextlib import closing
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
-from penstock.errors import DataError
-from penstock.feed.dataframe import DataFrameSource
+from penstock.cluster.session import has_session, session_of
+from penstock.errors import DataError, JobError
+from penstock.feed.dataframe import DataFrameSource, HeadSource
 from penstock.feed.manifest import Manifest
 from penstock.feed.mapped import origin
 from penstock.feed.source import Source
@@ -77,3 +81,41 @@ def first_batch(job: Job, name: str, source: Source, manifest: Manifest) -> tupl
     feed = Feed(name, source, manifest, shards, job.shards, job.seed, device)
     with closing(Supply(feed, partial(feed.in_order, 0, job.batch_size))) as supply:
         return next(supply.batches()), shard
+
+
+def first_rows(frame: DataFrameSource, name: str) -> HeadSource:
+    """The first rows of a DataFrame, as a source that is read here.
+
+    Where it is said by a table's name, a query or an RDD, this process's session is asked; if there
+    is none, one of its own: of `SPARK_REMOTE`, or on this machine.
+
+    Arguments:
+        name: of the source in the job, for messages.
+
+    Raises:
+        UserError: there can be no session; or see `DataFrameSource.head`.
+    """
+    if frame.bound:
+        return frame.head(name)
+    with _session(name) as session:
+        return frame.head(name, session)
+
+
+@contextmanager
+def _session(name: str) -> Iterator[Any]:
+    try:
+        from pyspark.sql import SparkSession
+    except ImportError as error:
+        raise JobError(
+            f"{name} is a Spark DataFrame, and pyspark is not installed: {error}",
+            hint="pip install 'penstock[spark]'",
+        ) from error
+    if has_session():
+        yield SparkSession.active()
+        return
+    on = os.environ.get("SPARK_REMOTE", "local[1]")
+    session, _ = session_of(on, "plan", {"spark.ui.showConsoleProgress": "false"})
+    try:
+        yield session
+    finally:
+        session.stop()

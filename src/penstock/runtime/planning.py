@@ -14,7 +14,7 @@ from torch import nn
 
 from penstock.errors import DataError, JobError, NetworkError
 from penstock.feed.dataframe import DataFrameSource
-from penstock.feed.mapped import origin
+from penstock.feed.mapped import origin, replaced
 from penstock.job import AllReduce, Job
 from penstock.model.capture import capture
 from penstock.model.clipping import Clipping
@@ -27,7 +27,7 @@ from penstock.plan.search.pins import Pins
 from penstock.plan.search.search import GAP, TIME_LIMIT_S, Search
 from penstock.plan.step import StepPlan
 from penstock.plan.words import in_bytes, in_time
-from penstock.runtime.check import first_batch
+from penstock.runtime.check import first_batch, first_rows
 from penstock.runtime.shards import preserved, seed
 
 
@@ -144,11 +144,8 @@ def _network(job: Job) -> nn.Module:
 
 def _first(job: Job) -> tuple[Any, Any]:
     source = job.train.make()
-    if isinstance(origin(source), DataFrameSource):
-        raise DataError(
-            "train: a DataFrame, whose shapes are known when Spark has computed its first rows",
-            hint="plan with a few of its rows as arrays or a Parquet file",
-        )
+    if isinstance(frame := origin(source), DataFrameSource):
+        source = replaced(source, first_rows(frame, "train"))
     manifest = source.manifest()
     if not manifest.open and manifest.rows == 0:
         raise DataError("train: there are no records", hint="is the folder empty?")

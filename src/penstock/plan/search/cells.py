@@ -37,6 +37,10 @@ class Prices(Protocol):
         """All ways in which a node can be split; one of them reads and gives only B."""
         ...
 
+    def units(self, name: str) -> Sequence[Placement]:
+        """With units above 1, how a tensor may be cut."""
+        ...
+
     def operator_s(self, node: Node, chosen: Combination) -> float:
         """What the rank with most to do takes for its part."""
         ...
@@ -187,16 +191,18 @@ class _Builder:
             and (o.role == item.role or (o.role == "gradient" and item.role == "parameter"))
             and o.name != item.name
         ]
-        key = f"input {item.role} {spec} {len(again)}"
+        units = [p for p in self._prices.units(item.name) if p.dim < dims]
+        key = f"input {item.role} {spec} {len(again)} {units or ''}"
         if key not in self._choices:
-            found = []
-            for layout in itertools.product((B, *map(S, range(dims))), repeat=axes):
-                if possible(spec.shape, layout, self._sizes):
+            found = {}
+            for way in itertools.product((B, *map(S, range(dims)), *units), repeat=axes):
+                if possible(spec.shape, way, self._sizes):
+                    layout = plain(spec.shape, way, self._sizes)
                     held = held_bytes(spec, layout, self._sizes)
-                    found.append(
-                        Choice((layout,) * len(again), (layout,), 0.0, 0.0, held, (layout,))
+                    found[layout] = Choice(
+                        (layout,) * len(again), (layout,), 0.0, 0.0, held, (layout,)
                     )
-            self._choices[key] = tuple(found)
+            self._choices[key] = tuple(found.values())
         return Cell((item.name,), tuple(again), (item.name,), self._choices[key], key,
                     is_update=item.role == "state", is_input=True)  # fmt: skip
 
@@ -207,7 +213,10 @@ class _Builder:
         saved = [k for k in given if node.outputs[k] in self._saved]
         late = self._gradients.get(node.name, frozenset())
         late_ports = [node.inputs.index(name) for name in sorted(late)]
+        units = [self._prices.units(name) for name in (*node.inputs, *node.outputs) if name]
         key = f"{key_of(node, specs)} {ports} {saved} {sorted(late_ports)}"
+        if any(units):
+            key += f" {units}"
         if key not in self._choices:
             self._choices[key] = tuple(self._ways(node, ports, given, saved, late_ports))
         return Cell(

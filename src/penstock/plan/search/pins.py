@@ -2,7 +2,8 @@
 
 A pin is of a parameter, or of a module and then of all its parameters that can lie so. It is a
 placement for each axis of the mesh (`["S0", "B"]` or `"[S0, B]"`), or one alone: `"S0"` is any
-layout that splits dim 0 on some axis and nothing else, and `"B"` copies on all axes.
+layout that splits dim 0 on some axis and nothing else, by units of whatever size, `"S0/48"` one by
+units of 48, and `"B"` copies on all axes.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ def _fits(layout: Layout, wanted: Placement | Layout) -> bool:
         return layout == wanted
     if wanted == B:
         return all(p == B for p in layout)
-    return any(p.is_split for p in layout) and all(p in (wanted, B) for p in layout)
+    return any(p.is_split for p in layout) and all(
+        p == B or (p.dim == wanted.dim and wanted.unit in (1, p.unit)) for p in layout
+    )
 
 
 def _impossible(

@@ -19,18 +19,19 @@ assignment: by it the search, presets and brute force are compared. Liveness fin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from penstock.model.graph import Graph, Node, Spec
 from penstock.plan.assignment import Assignment
 from penstock.plan.costs.hardware import Cluster
 from penstock.plan.costs.operators import Measured, Operator
-from penstock.plan.costs.routes import Routes
-from penstock.plan.layout import Layout
+from penstock.plan.costs.routes import Routes, plain
+from penstock.plan.layout import Layout, Placement
 from penstock.plan.rules.joins import Combination
 from penstock.plan.rules.signatures import combinations
 from penstock.plan.search.cells import Prices, gradients_of, held_bytes, key_of, saved_of
+from penstock.plan.search.units import of_sizes, of_tensors
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class ClusterPrices:
         self.sizes = tuple(sizes)
         self.routes = Routes(cluster, self.sizes)
         self._specs, self._cluster, self._measured = graph.specs, cluster, measured
+        self._units = of_sizes(graph, self.sizes)
+        self._units_by_tensor = of_tensors(graph, self.sizes, self._units)
         self._keys: dict[str, str] = {}
         self._combinations: dict[str, tuple[Combination, ...]] = {}
         self._operators: dict[str, Operator] = {}
@@ -87,15 +90,40 @@ class ClusterPrices:
 
     def _key(self, node: Node) -> str:
         if node.name not in self._keys:
-            self._keys[node.name] = key_of(node, self._specs)
+            units = [self.units(name) for name in (*node.inputs, *node.outputs) if name]
+            self._keys[node.name] = f"{key_of(node, self._specs)} {units if any(units) else ''}"
         return self._keys[node.name]
 
     def combinations(self, node: Node) -> Sequence[Combination]:
         """See `Prices`."""
         key = self._key(node)
         if key not in self._combinations:
-            self._combinations[key] = combinations(node, self._specs, self.sizes)
+            ways = combinations(node, self._specs, self.sizes, self._units)
+            self._combinations[key] = tuple(self._different(node, ways)) if self._units else ways
         return self._combinations[key]
+
+    def units(self, name: str) -> Sequence[Placement]:
+        """See `Prices`."""
+        return self._units_by_tensor.get(name, ())
+
+    def _different(self, node: Node, ways: Sequence[Combination]) -> Iterator[Combination]:
+        """The ways with only such units as the tensors may have, each once."""
+        names = [*node.inputs, *node.outputs]
+        seen = set()
+        for chosen in ways:
+            cuts = [*zip(*((*one.inputs, *one.outputs) for one in chosen), strict=True)]
+            if all(
+                p is None or p.unit == 1 or p in self.units(str(name))
+                for name, layout in zip(names, cuts, strict=True)
+                for p in layout
+            ):
+                same = tuple(
+                    name and plain(self._specs[name].shape, layout, self.sizes)
+                    for name, layout in zip(names, cuts, strict=True)
+                )
+                if same not in seen:
+                    seen.add(same)
+                    yield chosen
 
     def operator_s(self, node: Node, chosen: Combination) -> float:
         """See `Prices`."""
