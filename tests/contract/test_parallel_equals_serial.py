@@ -18,19 +18,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from penstock.errors import PlanError
+from penstock.model import zoo
 from penstock.model.capture import capture
 from penstock.model.graph import Graph
 from penstock.plan.assignment import Assignment
 from penstock.plan.costs.routes import Routes
-from penstock.plan.layout import B, P
+from penstock.plan.layout import B, P, S
 from penstock.plan.programs.interpret import run_all
 from penstock.plan.programs.lower import lower
 from penstock.plan.programs.program import Call, Program
 from penstock.plan.programs.verify import verify
 from penstock.plan.rules.formula import Signature
+from penstock.plan.rules.localize import RULES as LOCAL
 from penstock.plan.rules.signatures import has_rule
 from penstock.plan.search.search import Search
-from penstock.testing.assignments import STYLES, Style, cluster, styled
+from penstock.testing.assignments import STYLES, Style, cluster, greedy, styled
 from penstock.testing.networks import ADAMW, SGD, TINY, Example, following, tiny
 
 pytestmark = pytest.mark.usefixtures("deadline")
@@ -206,3 +208,69 @@ def test_control_copies_that_differ_are_seen() -> None:
         with_wrong_rules(
             "aten.t.default", lambda of: Signature((P,), (B,)) if of.inputs == (P,) else of
         )
+
+
+# A vocabulary that is split: no rank has all logits of a row.
+
+
+def without_some(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Of targets, some do not count."""
+    return F.cross_entropy(logits, y, ignore_index=5)
+
+
+def smoothed(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, y, label_smoothing=0.1)
+
+
+def rows_by_themselves(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, y, reduction="none").square().sum() / 100
+
+
+def speaking(loss: Any, tied: bool = False) -> Example:
+    """A transformer of 259 words, which neither 2 nor 3 nor 4 ranks cut evenly."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            network = zoo.gpt(259, width=8, heads=2, layers=1, length=6, tied=tied)
+            x, y = torch.randint(259, (2, 4, 6))
+            y[0, :3] = 5
+            return Example(network, x, y, loss)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("sizes", [(2,), (3,), (4,), (2, 2)], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("loss", [F.cross_entropy, without_some, rows_by_themselves, smoothed])
+def test_a_vocabulary_that_is_split(loss: Any, tied: bool, sizes: tuple[int, ...]) -> None:
+    example = speaking(loss, tied)
+    graph = capture(example.network, example.loss, example.batch, ADAMW)
+    table = "tokens.weight" if tied else "head.weight"
+    assignment = greedy(graph, sizes, {table: (S(0),) * len(sizes)})
+    gradients = [node for node in graph.nodes if node.op == "penstock.class_gradient.default"]
+    assert len(gradients) == (loss is not smoothed)
+    for node in gradients:
+        assert assignment.read_as(graph, node, 1) == (S(1),) * len(sizes)
+        assert assignment.layout_of(graph, node.name) == (S(1),) * len(sizes)
+    inputs, wanted = example.inputs(graph), []
+    for fresh in batches(example, graph):
+        inputs |= fresh
+        wanted.append(graph.run(inputs))
+        inputs = following(graph, inputs, wanted[-1])
+    assert distance(parallel(example, graph, assignment), wanted) <= TOLERANCE
+
+
+def test_control_classes_in_a_wrong_place_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank takes its classes for the first."""
+    for op in ("aten.gather", "penstock.class_gradient"):
+
+        def misplaced(it: Any, rule: Any = LOCAL[op]) -> Any:
+            node = rule(it)
+            return replace(node, args=(*node.args[:-1], 0)) if len(node.args) > 3 else node
+
+        with monkeypatch.context() as patched:
+            patched.setitem(LOCAL, op, misplaced)
+            with pytest.raises(AssertionError):
+                test_a_vocabulary_that_is_split(F.cross_entropy, False, (3,))

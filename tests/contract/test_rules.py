@@ -241,6 +241,7 @@ def rest() -> Iterator[tuple[Node, dict[str, Spec]]]:
     yield called("aten.tril.default", T(6, 4), -1)
     yield called("aten.gather.default", T(4, 5, 6), 1, whole(4, 3, 6))
     yield called("aten.gather.default", T(4, 5, 6), -1, whole(3, 5, 6))
+    yield called("aten.gather.default", T(4, 8), 1, whole(4, 1))
     yield called("aten.gather.default", T(), 0, whole())
     yield called("aten.scatter.src", T(4, 5, 6), 1, whole(4, 3, 6), T(4, 3, 6))
     yield called("aten.scatter_add.default", T(4, 5, 6), 1, whole(4, 3, 6), T(4, 3, 6))
@@ -285,6 +286,13 @@ def rest() -> Iterator[tuple[Node, dict[str, Spec]]]:
     yield called("aten.pixel_shuffle.default", T(4, 12, 2, 2), 2)
     yield called("aten.pixel_unshuffle.default", T(4, 3, 4, 4), 2)
     yield called("aten.nll_loss_backward.default", T(4), T(4, 5), whole(4), T(5), 0, -100, T())
+    for x, dim in ((T(4, 19), 1), (T(19, 4), 0), (T(4, 19, 6), 1)):
+        row = tuple(1 if d == dim else n for d, n in enumerate(x.shape))
+        yield called("penstock.log_sums.default", x, dim, 5)
+        yield called("penstock.log_sum.default", x, x, dim)
+        yield called("penstock.put_at.default", T(*row), whole(*row), dim, 0, 19)
+        given = (T(*row), x, T(*row), T(*row), whole(*row))
+        yield called("penstock.class_gradient.default", *given, dim, 0)
     q, k, attention = T(4, 3, 6, 2), T(4, 3, 5, 2), "_scaled_dot_product_flash_attention_for_cpu"
     for options in ({}, {"attn_mask": T(4, 1, 6, 5), "scale": 0.3}, {"attn_mask": T(6, 5)}):
         yield called(f"aten.{attention}.default", q, k, k, 0.0, False, **options)
@@ -375,6 +383,21 @@ WRONG = {
         called("aten._softmax.default", T(4, 6), 1, False), Signature((S(1),), (S(1),)),
     ),
     "copies that differ": (called("aten.sum.dim_IntList", T(4, 6), [0]), Signature((S(0),), (B,))),
+    "a class that only one rank has": (
+        called("aten.gather.default", T(4, 6), 1, whole(4, 1)), Signature((S(1), B), (B,)),
+    ),
+    "statistics of each rank's classes": (
+        called("penstock.log_sums.default", T(4, 6), 1, 3), Signature((S(1),), (B, B)),
+    ),
+    "statistics of other rows": (
+        called("penstock.log_sums.default", T(4, 6), 1, 4), Signature((S(0),), (S(1), S(1))),
+    ),
+    "statistics of some classes": (
+        called("penstock.log_sum.default", T(4, 6), T(4, 6), 1), Signature((S(1), S(1)), (B, B)),
+    ),
+    "a gradient added up by class": (
+        called("penstock.put_at.default", T(4, 1), whole(4, 1), 1, 0, 6), Signature((B, B), (P,)),
+    ),
     "heads that are not outermost": (
         called("aten.view.default", T(4, 3, 5), [12, 5]), Signature((S(1),), (S(0),)),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import pickle
@@ -551,3 +552,89 @@ def test_where_bad_records_go_is_known_to_workers() -> None:
     bad_of(source).folder = "memory://run/quarantine"
     assert isinstance(source, DataFrameSource)
     assert source.spooled("train", 0).bad.folder == "memory://run/quarantine"
+
+
+class Here:
+    """A DataFrame whose first rows are a table; what it was asked for is `limits`."""
+
+    def __init__(self, table: Any, schema: Any, limits: list[int] | None = None) -> None:
+        self.table, self.schema, self.sparkSession = table, schema, None
+        self.limits = [] if limits is None else limits
+
+    def mapInArrow(self) -> None: ...
+
+    def select(self, *columns: str) -> Here:
+        return Here(self.table.select([c.strip("`") for c in columns]), self.schema, self.limits)
+
+    def limit(self, rows: int) -> Here:
+        self.limits.append(rows)
+        return Here(self.table.slice(0, rows), self.schema)
+
+    def toArrow(self) -> Any:
+        return self.table
+
+
+def first(columns: dict[str, Any], target: str = "age", **options: Any) -> DataFrameSource:
+    """A source of a frame with a column "x" of arrays, or of bytes, and one of numbers."""
+    types = pytest.importorskip("pyspark.sql.types")
+    table = pa.table(columns)
+    binary = pa.types.is_binary(table.schema.field("x").type)
+    kind = types.BinaryType() if binary else types.ArrayType(types.FloatType())
+    schema = types.StructType(
+        [types.StructField("x", kind), types.StructField("age", types.ShortType())]
+    )
+    source = feed.dataframe(Here(table, schema), **{"features": "x", "target": target, **options})
+    assert isinstance(source, DataFrameSource)
+    return source
+
+
+def read(source: Any) -> feed.Rows:
+    """All records of a source, after its stages."""
+    records = source.open(source.manifest().share(0, 1))
+    ids = np.arange(len(records))
+    rows = feed.Rows(*records.take(ids), ids)
+    for stage in source.stages:
+        rows = stage.apply(rows, np.random.default_rng(0))
+    return rows
+
+
+def test_the_first_rows_are_tensors_as_those_of_workers(tmp_path: Path) -> None:
+    x = pa.array([[float(i), 2.0] for i in range(50)], pa.list_(pa.float32()))
+    source = first({"x": x, "age": pa.array(range(50), pa.int16())})
+    assert source.bound
+    found = source.head("train")
+    assert isinstance(found, feed.Source)
+    assert found.manifest().shard_rows(3) == (32, 0, 0)
+    rows = read(found)
+    assert (rows.x.dtype, rows.y.dtype) == (torch.float32, torch.int16)
+    assert rows.x.tolist() == [[float(i), 2.0] for i in range(32)]
+    assert rows.y.tolist() == list(range(32))
+    assert source._frame.limits == [32]  # more is not asked of Spark
+    assert not feed.dataframe("claims", features="x", target="y").bound  # type: ignore[attr-defined]
+
+
+def test_the_first_rows_may_be_bad() -> None:
+    columns = {
+        "x": pa.array([[1.0], None, [1.0, 2.0], [3.0]], pa.list_(pa.float32())),
+        "age": pa.array([4, 5, 6, 7], pa.int16()),
+    }
+    with pytest.raises(DataError, match=r"train: column 'x': null in row 1(.|\n)*hint"):
+        first(columns).head("train")
+    source = first(columns, on_bad_record="skip")
+    assert read(source.head("train")).y.tolist() == [4, 7]
+    assert bad_of(source).count == 0  # a run tells of them
+    nulls = {"x": pa.nulls(3, pa.list_(pa.float32())), "age": pa.array([1, 2, 3], pa.int16())}
+    with pytest.raises(DataError, match="every record is bad: 3 of 3"):
+        first(nulls, on_bad_record="skip").head("train")
+    with pytest.raises(DataError, match=r"train: there are no rows in dataframe(.|\n)*its filter"):
+        first({name: column[:0] for name, column in columns.items()}).head("train")
+
+
+def test_the_first_rows_of_encoded_images_are_decoded() -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    file = io.BytesIO()
+    pillow.new("RGB", (6, 4), (255, 0, 0)).save(file, "PNG")
+    columns = {"x": pa.array([file.getvalue()]), "age": pa.array([1], pa.int16())}
+    rows = read(first(columns, features=feed.Image("x", 3, 2)).head("train"))
+    assert rows.x.shape == (1, 3, 3, 2)
+    assert rows.x[0, :, 0, 0].tolist() == [255, 0, 0]

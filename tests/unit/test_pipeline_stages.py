@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,16 +19,19 @@ from penstock.model.capture import capture
 from penstock.model.graph import Graph, Node
 from penstock.plan.assignment import Assignment
 from penstock.plan.costs.hardware import Cluster, Device
+from penstock.plan.pipelines import model
+from penstock.plan.pipelines.inside import Insides
 from penstock.plan.pipelines.micro_batch import accumulated, cut_batch
-from penstock.plan.pipelines.schedule import interleaved
-from penstock.plan.pipelines.search import (
+from penstock.plan.pipelines.model import (
     Candidate,
-    choose,
     inside_of,
     pipelines,
     send_s,
     stage_counts,
 )
+from penstock.plan.pipelines.promise import Promise, bubble
+from penstock.plan.pipelines.schedule import interleaved, simulate
+from penstock.plan.pipelines.search import MAX_TASKS, choose
 from penstock.plan.pipelines.stages import Stages, crossing_bytes, cut
 from penstock.plan.search.search import Search
 from penstock.testing.assignments import styled
@@ -231,14 +235,14 @@ def test_slow_links_between_hosts_are_for_pipelines() -> None:
     def whole(cluster: Cluster) -> float:
         return Search(graphs(16), cluster).find(time_limit_s=20).price.step_s
 
-    found = choose(graphs, cluster, 16, data_parallel, micro_batches=(1, 2))
+    found = choose(graphs, cluster, 16, data_parallel, micro_batches=(1, 2)).best
     assert found is not None
     assert found.fits
     assert found.sizes == (2, 1)
     assert found.stages.count == found.schedule.stages
     assert found.step_s < whole(cluster)
     near = replace(cluster, far=FAST)
-    quick = choose(graphs, near, 16, data_parallel, micro_batches=(1, 2))
+    quick = choose(graphs, near, 16, data_parallel, micro_batches=(1, 2)).best
     assert quick is not None
     assert quick.step_s > whole(near)  # the control: where links cost nothing bubbles do
 
@@ -281,11 +285,156 @@ def test_the_search_splits_inside_a_stage() -> None:
     assert layouts != {"(B,)"}  # two devices that did the same would be no better than one
 
 
+def bounds(graph: Graph, cluster: Cluster, ranks: int, micro_batches: int) -> list[float]:
+    """Of one chunk and of two: `graph` is of the whole batch of 64."""
+    promise, inside = Promise(graph, 64, cluster), inside_of(cluster, ranks)
+    return [promise.least_s(ranks, micro_batches, chunks, inside) for chunks in (1, 2)]
+
+
+@pytest.mark.parametrize("style", ["data", "greedy"])
+@pytest.mark.parametrize(("ranks", "times"), [(2, 1), (2, 4), (4, 1), (4, 2), (8, 1)])
+def test_no_pipeline_takes_less_than_the_bound(ranks: int, times: int, style: str) -> None:
+    """However it is split and cut; and the bound says something."""
+    device = replace(DEVICE, operator_s=1e-6)
+    cluster, count = Cluster(2, 4, device, FAST, FAST), ranks * times
+    whole = line_of_layers(64, 64)
+    numbers = random.Random(ranks + times)
+
+    def search(graph: Graph, inside: Cluster) -> Assignment:
+        if style == "data":
+            return data_parallel(graph, inside)
+        return Search(graph, inside).find(time_limit_s=5).assignment
+
+    found = list(pipelines(line_of_layers(64 // count, 64), cluster, ranks, count, search))
+    found = [one for one in found if one.schedule.stages <= 8]
+    for one, least_s in zip(found, bounds(whole, cluster, ranks, count)):
+        assert least_s <= one.step_s
+        assert least_s > 0.4 * one.step_s
+    one = found[0]
+    forward = [node for node in one.graph.nodes if node.phase == "forward"]
+    first = {node.call: node.name for node in reversed(forward)}
+    places = [node.name for node in forward if first[node.call] == node.name][1:]
+    times_of = model._times(one.graph, one.assignment, model.ClusterPrices(
+        one.graph, inside_of(cluster, ranks), inside_of(cluster, ranks).mesh))  # fmt: skip
+    for _ in range(10):
+        cuts = sorted(numbers.sample(range(len(places)), ranks - 1))
+        stages = Stages(one.graph, tuple(places[at] for at in cuts))
+        step_s = model.step_of(stages, one.schedule, cluster, times_of).step_s
+        assert step_s >= bounds(whole, cluster, ranks, count)[0]
+
+
+def test_no_stages_have_less_of_a_bubble_than_the_bound() -> None:
+    """Of random times; the formula of equal stages is none, as shorter ones at the end show."""
+    numbers = random.Random(5)
+    beaten = 0
+    for _ in range(200):
+        ranks, chunks = numbers.randint(2, 5), numbers.randint(1, 3)
+        count = ranks * numbers.randint(1, 3)
+        forward = [numbers.uniform(0.1, 1) / (1 + stage) for stage in range(ranks * chunks)]
+        step_s = simulate(interleaved(ranks, chunks, count), forward, forward).step_s
+        micro_s = 2 * sum(forward)
+        assert step_s >= bubble(ranks, count, chunks) * micro_s * (1 - 1e-9)
+        beaten += step_s < (count + (ranks - 1) / chunks) / ranks * micro_s * (1 - 1e-9)
+    third = [1 / 9, 2 / 9]
+    two = simulate(interleaved(2, 1, 2), third[::-1], [2 * one for one in third[::-1]])
+    assert bubble(2, 2, 1) == pytest.approx(4 / 3)
+    assert 4 / 3 < two.step_s < 3 / 2
+
+
+def counted(graphs: Callable[[int], Graph]) -> tuple[Callable[[int], Graph], list[int]]:
+    asked: list[int] = []
+
+    def capture_at(examples: int) -> Graph:
+        asked.append(examples)
+        return graphs(examples)
+
+    return capture_at, asked
+
+
+def test_what_cannot_be_faster_is_not_even_captured() -> None:
+    cluster = Cluster(1, 4, DEVICE, FAST, FAST)
+    graphs, asked = counted(lambda batch: line_of_layers(batch, 64))
+    everything = choose(graphs, cluster, 16, data_parallel)
+    assert everything.best is not None
+    # Of 2 stages with 2, 4, 8 and 16 micro-batches, of 4 with 4, 8 and 16.
+    assert everything.modelled + everything.unlikely == 7
+    assert len(set(asked)) > 2
+    graphs, asked = counted(lambda batch: line_of_layers(batch, 64))
+    none = choose(graphs, cluster, 16, data_parallel, below_s=everything.best.step_s / 10)
+    assert (none.best, none.impossible, none.modelled, asked) == (None, 7, 0, [16])
+    assert none.words == "of 7 numbers of stages and micro-batches: ruled out by a bound 7"
+    # And what can be is found as if nothing were known.
+    some = choose(graphs, cluster, 16, data_parallel, below_s=everything.best.step_s * 1.2)
+    assert some.best is not None
+    assert some.best.step_s == everything.best.step_s
+    assert 0 < some.modelled < 7
+    assert some.impossible + some.unlikely + some.modelled == 7
+
+
+def test_the_time_limit_ends_the_looking_and_is_told() -> None:
+    cluster = Cluster(1, 4, DEVICE, FAST, FAST)
+    found = choose(lambda n: line_of_layers(n, 64), cluster, 16, data_parallel, time_limit_s=0.0)
+    assert found.best is not None
+    assert (found.modelled, found.left) == (1, 6)
+    assert found.words.endswith(": tried 1, left out (no time) 6")
+
+
+def test_a_schedule_of_too_many_tasks_is_left_out() -> None:
+    cluster = Cluster(1, 4, DEVICE, FAST, FAST)
+    batch, times = 2**13, 2**11
+    assert 2 * 2 * (2 * times) <= MAX_TASKS < 2 * 4 * (4 * times)
+    graphs, asked = counted(lambda n: line_of_layers(n, 64))
+    found = choose(graphs, cluster, batch, data_parallel, micro_batches=(1, times))
+    assert found.left == 1
+    assert found.impossible + found.unlikely + found.modelled == 3
+    assert batch // (4 * times) not in asked
+
+
+def test_known_ways_come_before_the_search() -> None:
+    """Pipelines are compared by them; two are searched, and the better of both is taken."""
+    cluster = Cluster(1, 4, DEVICE, FAST, FAST)
+    split: dict[str, list[int]] = {"known": [], "searched": []}
+
+    def known(graph: Graph, part: Cluster) -> list[Assignment]:
+        split["known"].append(part.ranks)
+        return [styled(graph, part.mesh, "data"), styled(graph, part.mesh, "data")]
+
+    def search(graph: Graph, part: Cluster) -> Assignment:
+        split["searched"].append(part.ranks)
+        return Search(graph, part).find(time_limit_s=5).assignment
+
+    found = choose(lambda n: line_of_layers(n, 64), cluster, 16, search, known=known)
+    assert len(split["known"]) == found.modelled > 2
+    assert len(split["searched"]) == 2
+    alone = choose(lambda n: line_of_layers(n, 64), cluster, 16, data_parallel)
+    assert found.best is not None
+    assert alone.best is not None
+    assert found.best.step_s <= alone.best.step_s
+
+
+def test_gradients_count_once_a_step_inside() -> None:
+    """Over links on which one exchange of gradients takes as long as several micro-batches: the
+    search of a step splits nothing, that of a micro-batch of many its examples."""
+    cluster = Cluster(2, 2, DEVICE, Link(1e-6, 3e6), Link(1e-6, 3e6))
+    whole = functools.cache(lambda n: line_of_layers(n, 64))
+    insides = Insides(whole, 2048, pins=None, gap=0.0, time_limit_s=10)
+    graph, part = insides.micro_batch(128), inside_of(cluster, 2)
+    prices = Search(graph, part)
+    micro = prices.price(insides.searched(graph, part))
+    once = prices.find(gap=0.0).price
+    assert once.step_s <= micro.step_s
+    assert micro.compute_s + micro.exchange_s < once.compute_s + once.exchange_s
+    (fastest, *_) = insides.known(graph, part)
+    assert (
+        prices.price(fastest).held_bytes == prices.price(prices.preset("data_parallel")).held_bytes
+    )
+
+
 def test_nothing_to_cut() -> None:
     alone = Cluster(1, 1, DEVICE, FAST, FAST)
-    assert choose(line_of_layers, alone, 16, data_parallel) is None
+    assert choose(line_of_layers, alone, 16, data_parallel).best is None
     pair = Cluster(1, 2, DEVICE, FAST, FAST)
-    assert choose(line_of_layers, pair, 1, data_parallel) is None
+    assert choose(line_of_layers, pair, 1, data_parallel).best is None
 
 
 def test_candidates_can_be_carried_out() -> None:

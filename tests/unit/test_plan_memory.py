@@ -305,6 +305,6 @@ def test_check_finds_what_overlaps() -> None:
 
 
 def test_bytes_in_words() -> None:
-    assert [in_bytes(n) for n in (0, 999, 1500, 2e9, 5e13)] == [
-        "0 B", "999 B", "1.5 kB", "2 GB", "5e+04 GB"
+    assert [in_bytes(n) for n in (0, 999, 1500, 999_600, 2e9, 5e13, 5e15)] == [
+        "0 B", "999 B", "1.5 kB", "1 MB", "2 GB", "50 TB", "5,000 TB"
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from penstock.model.capture import capture
 from penstock.model.graph import Graph
 from penstock.plan.assignment import Assignment
 from penstock.plan.costs.hardware import Cluster, Device
+from penstock.plan.costs.routes import Routes
 from penstock.plan.layout import B, P, S
 from penstock.plan.search.presets import PRESETS
 from penstock.plan.search.search import Search
@@ -118,6 +119,34 @@ def test_megatron_splits_matrices_by_columns_then_rows() -> None:
     assert len(attention) == 2
     for node in attention:
         assert chosen.layout_of(graph, str(node.outputs[0])) == (S(1),)  # by heads
+
+
+@pytest.mark.parametrize("mesh", [(1, 4), (2, 4)])
+def test_megatron_keeps_logits_split_by_class(mesh: tuple[int, int]) -> None:
+    """So that nothing of their size travels inside a host."""
+    graph = step_of("gpt")
+    search, chosen = of(graph, *mesh, "megatron")
+    axes = (S(0),) * (mesh[0] > 1)
+    (loss,) = (node for node in graph.nodes if node.op == "penstock.log_sums.default")
+    (gradient,) = (node for node in graph.nodes if node.op == "penstock.class_gradient.default")
+    assert chosen.read_as(graph, loss, 0) == (*axes, S(1))
+    assert chosen.read_as(graph, gradient, 1) == (*axes, S(1))
+    assert chosen.layout_of(graph, "head.weight")[-1] == S(0)
+    ways = chosen.ways(graph, Routes(cluster(*mesh), search.sizes))
+    inside = {w.tensor for w in ways if any(hop.axis == len(axes) for hop in w.way.hops)}
+    assert "_log_softmax:parts.0" in inside
+    assert all(graph.specs[name].numel < 16 * 32 * 512 for name in inside)
+
+
+def test_megatron_splits_a_large_table_by_row() -> None:
+    """Which is also the head's: rows are words, of which logits are."""
+    tokens = torch.zeros(4, 8, dtype=torch.int64)
+    network = zoo.gpt(vocabulary=20000, width=64, heads=4, layers=1, length=8)
+    graph = capture(network, F.cross_entropy, (tokens, tokens), torch.optim.SGD)
+    search, chosen = of(graph, 1, 4, "megatron")
+    assert chosen.layout_of(graph, "tokens.weight") == (S(0),)
+    ways = chosen.ways(graph, Routes(cluster(1, 4), search.sizes))
+    assert not any(20000 in graph.specs[way.tensor].shape for way in ways)
 
 
 def test_megatron_is_data_parallel_between_hosts() -> None:

@@ -93,6 +93,15 @@ def test_sending_takes_time_between_ranks_alone() -> None:
     assert simulate(interleaved(1, 2, 1), [1.0, 1.0], [2.0, 2.0], 0.5).step_s == 6.0
 
 
+def test_what_is_sent_one_way_goes_one_after_the_other() -> None:
+    """Two forwards in a row, of which each takes less than a link has for what comes of it."""
+    timeline = simulate(one_f_one_b(3, 3), [1.0] * 3, [2.0] * 3, [5.0, 0.0, 0.0])
+    starts = {span.task: span.start_s for rank in timeline.ranks for span in rank}
+    assert [starts[Task("forward", 1, m)] for m in (0, 1)] == [6.0, 11.0]
+    # Back there is another way: the first is sent while the second still comes.
+    assert starts[Task("backward", 0, 0)] == starts[Task("backward", 1, 0)] + 2.0 + 5.0
+
+
 def test_what_is_no_schedule() -> None:
     good = one_f_one_b(2, 2)
     first, last = good.ranks

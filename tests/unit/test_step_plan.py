@@ -28,10 +28,13 @@ from penstock.model.graph import Graph
 from penstock.plan.costs.hardware import Cluster, Device
 from penstock.plan.costs.routes import Routes
 from penstock.plan.layout import B, S
-from penstock.plan.making import plan_step
+from penstock.plan.making import plan_pipeline, plan_step
 from penstock.plan.memory.footprint import footprint
 from penstock.plan.memory.liveness import Lifetimes
 from penstock.plan.picture import picture
+from penstock.plan.pipelines.schedule import interleaved
+from penstock.plan.pipelines.staged import staged
+from penstock.plan.pipelines.stages import Stages as Cut
 from penstock.plan.programs.lower import lower
 from penstock.plan.rules.signatures import Signature
 from penstock.plan.step import (
@@ -40,6 +43,7 @@ from penstock.plan.step import (
     combination_in_words,
     read_combination,
 )
+from penstock.plan.words import in_time
 from penstock.testing.networks import ADAMW, tiny
 
 LINK = Link(2e-5, 1e9, 2e-6)
@@ -218,6 +222,88 @@ def test_a_job_is_planned() -> None:
         penstock.plan(job(strategy=Averaging(every=5)), FOUR)
 
 
+SLOW = Cluster(4, 1, CPU, LINK, Link(2e-5, 1e8, 2e-6))
+"""Hosts of one device: between them 2 MB take as long as 2e9 operations."""
+
+
+def wide_job() -> Job:
+    """Eight layers with 4 million weights each, of which a micro-batch sends 2,048 activations."""
+    x, y = torch.randn(64, 2048), torch.randint(2048, (64,))
+    layers = partial(zoo.mlp, inputs=2048, hidden=(2048,) * 7, classes=2048)
+    return job(network=layers, train=feed.arrays(x, y), batch_size=16)
+
+
+def wide(cluster: Cluster, **options: Any) -> StepPlan:
+    return penstock.plan(wide_job(), cluster, **options)
+
+
+def wide_graph(examples: int) -> Graph:
+    one = wide_job()
+    with torch.device("meta"):
+        batch = torch.empty(examples, 2048), torch.empty(examples, dtype=torch.int64)
+        network = one.network.make()
+    return capture(network, one.loss.make(), batch, one.optimizer.make)
+
+
+def test_a_pipeline_comes_out_where_it_is_faster() -> None:
+    """Unasked, over slow links; by so much that it is no matter of rounding; and it can run."""
+    found = wide(SLOW)
+    without = wide(SLOW, pipelines=False)
+    assert without.stages is None
+    assert not any("pipeline" in note for note in without.notes)
+    assert found.origin == "pipeline"
+    assert found.stages is not None
+    assert found.stages.number == 4
+    assert found.beside["without a pipeline"] == without.times
+    # A rank cannot compute for longer than the step takes; and of four it computes a good part.
+    assert found.times.step_s / 4 < found.times.compute_s < found.times.step_s
+    assert found.times.step_s < 0.8 * without.times.step_s
+    why, looked_at, *_ = found.notes
+    assert re.search(r"a pipeline: \d+ micro-batches send at most .* over a cut each way", why)
+    assert in_time(without.times.step_s) in why
+    assert re.search(r"of \d+ numbers of stages and micro-batches: .*tried \d+", looked_at)
+    graph = wide_graph(64 // found.stages.micro_batches)
+    assert graph.fingerprint == found.graph
+    schedule = interleaved(4, found.stages.chunks, found.stages.micro_batches)
+    stages = Cut(graph, found.stages.cuts)
+    routes = Routes(Cluster(1, 1, CPU, LINK, LINK), (1,))
+    staged(stages, found.assignment, schedule, routes).check()
+
+
+def test_a_pipeline_that_only_looks_faster_is_not_taken() -> None:
+    """By a little: the guess is that it would be faster, and its model says that it is not."""
+    best = plan_pipeline(wide_graph, SLOW, 64)
+    assert best is not None
+    assert best.notes[0].endswith("without one no plan fits")
+    without = wide(SLOW, pipelines=False)
+    fast = replace(without, times=replace(without.times, step_s=0.97 * best.times.step_s))
+    kept = plan_pipeline(wide_graph, SLOW, 64, beside=fast)
+    assert kept is not None
+    assert (kept.stages, kept.origin) == (None, without.origin)
+    assert re.search(r"no pipeline is faster: .* tried [1-9]", kept.notes[-1])
+
+
+def test_no_pipeline_where_links_are_fast() -> None:
+    fast = replace(SLOW, far=Link(1e-6, 1e11, 1e-7))
+    found = wide(fast)
+    assert found.stages is None
+    (note,) = (note for note in found.notes if "pipeline" in note)
+    assert re.match(r"no pipeline is faster: of 8 numbers .*: ruled out by a bound \d+", note)
+
+
+def test_pins_and_statistics_of_a_batch_are_kept() -> None:
+    """A pipeline would put a pin of four hosts on one, and norms on micro-batches."""
+    pinned = wide(SLOW, pins={"1.weight": "B"})
+    assert pinned.stages is None
+    assert "no pipeline was tried: pins are of the whole mesh" in pinned.notes
+    layers = [nn.Sequential(nn.Linear(2048, 2048), nn.BatchNorm1d(2048)) for _ in range(8)]
+    x, y = torch.randn(64, 2048), torch.randint(2048, (64,))
+    normed = job(network=nn.Sequential(*layers), train=feed.arrays(x, y), batch_size=16)
+    found = penstock.plan(normed, SLOW)
+    assert found.stages is None
+    assert any("running_mean is of the whole batch" in note for note in found.notes)
+
+
 def test_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,10 +328,14 @@ def test_the_command(
     code, out, _ = penstock_(*plan, "--save", "plan.json", "--picture", "plan.html")
     assert code == 0
     assert "data parallel" in out
+    assert "no pipeline is faster" in out
     assert (tmp_path / "plan.html").read_text().startswith("<!doctype html>")
     assert StepPlan.load("plan.json").fingerprint in out
     code, out, _ = penstock_(*plan, "--diff", "plan.json")
     assert (code, out) == (0, "")
+    code, out, _ = penstock_(*plan, "--no-pipelines")
+    assert code == 0
+    assert "pipeline" not in out
     code, out, _ = penstock_(*plan, "--diff", "plan.json", "--pin", "7.weight=S1")
     assert "7.weight: " in out
     code, _, err = penstock_(*plan, "--pin", "7.weigt=S0")

@@ -138,7 +138,10 @@ def validate(job_file: JobFile, overrides: Overrides = None) -> None:
 @app.command("plan")  # whose module has that name here
 def plan_command(
     job_file: JobFile,
-    on: Annotated[Path, typer.Option(metavar="CLUSTER.json", help="See penstock doctor --save.")],
+    on: Annotated[
+        Path | None,
+        typer.Option(metavar="CLUSTER.json", help="Required; penstock doctor --save makes one."),
+    ] = None,
     explain: Annotated[
         str | None,
         typer.Option(metavar="PARAMETER", help="Why it lies so, and what the next best costs."),
@@ -148,8 +151,8 @@ def plan_command(
         typer.Option("--pin", metavar="NAME=S0", help="How a parameter or module is to lie."),
     ] = None,
     pipelines: Annotated[
-        bool, typer.Option(help="Try pipelines also where a step fits without one; takes longer.")
-    ] = False,
+        bool, typer.Option(help="Whether a step may be cut into the stages of a pipeline.")
+    ] = True,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the plan there, as JSON.")
     ] = None,
@@ -165,22 +168,36 @@ def plan_command(
     """Decide how a job's step is split over a cluster, without running it."""
     from rich.console import Console
 
-    from penstock.cli.plan import show
+    from penstock.cli.plan import check_alone, check_writable, read_pins, show
     from penstock.job import Job
     from penstock.plan.picture import picture as drawn
     from penstock.plan.step import StepPlan
     from penstock.runtime.planning import explained, plan
 
+    if on is None:
+        raise JobError(
+            "--on: no cluster is given to plan for",
+            hint="penstock doctor --save cluster.json makes one of this machine",
+        )
+    check_writable({"--save": save, "--picture": picture})
+    files = {"--save": save is not None, "--picture": picture is not None}
+    if explain is not None:
+        check_alone("--explain", {"--diff": diff is not None, "--json": as_json, **files})
+    if diff is not None:
+        check_alone("--diff", {"--json": as_json})
+    pinned = read_pins(pins or [])
     other = None if diff is None else StepPlan.load(diff)
     job = Job.from_yaml(job_file, overrides or [])
     if explain is not None:
-        for line in explained(job, on, explain, pins=_pins(pins or [])):
+        for line in explained(job, on, explain, pins=pinned):
             print(line)
         return
-    found = plan(job, on, pins=_pins(pins or []), pipelines=pipelines)
+    found = plan(job, on, pins=pinned, pipelines=pipelines)
     if other is not None:
-        for line in other.differences(found):
+        for line in (differences := list(other.differences(found))):
             print(line)
+        if not differences:
+            print(f"{diff} decides the same", file=sys.stderr)
     elif as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:
@@ -194,15 +211,6 @@ def plan_command(
             raise RunError(
                 f"--picture {picture}: {error}", hint="name a file that can be made"
             ) from error
-
-
-def _pins(pairs: list[str]) -> dict[str, str]:
-    for pair in pairs:
-        if "=" not in pair:
-            raise JobError(
-                f"--pin {pair}: expected NAME=LAYOUT", hint="--pin classifier.0.weight=S0"
-            )
-    return {name: layout for name, _, layout in (pair.rpartition("=") for pair in pairs)}
 
 
 @app.command()

@@ -1,17 +1,86 @@
-"""What `penstock plan` prints: a plan as a table for a person."""
+"""What `penstock plan` is asked for, and prints: a plan as a table for a person."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from penstock.errors import JobError
 from penstock.plan.step import Layer, StepPlan, Times
 from penstock.plan.words import in_bytes, in_time
+
+
+def check_alone(option: str, others: Mapping[str, bool]) -> None:
+    """An option that says all that is printed stands alone.
+
+    Arguments:
+        others: by option, whether it is given as well.
+
+    Raises:
+        JobError: one is.
+    """
+    for other, given in others.items():
+        if given:
+            raise JobError(
+                f"{option} and {other}: expected one of them",
+                hint=f"{option} prints its own answer: ask for {other} in another call",
+            )
+
+
+def check_writable(files: Mapping[str, Path | None]) -> None:
+    """Looks whether files can be made, before a search whose answer they are to hold.
+
+    Arguments:
+        files: by option.
+
+    Raises:
+        JobError: one cannot; names the option and it.
+    """
+    for option, path in files.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise JobError(f"{option} {path}: it is a folder", hint="name a file in it")
+        if not path.parent.is_dir():
+            raise JobError(
+                f"{option} {path}: there is no folder {path.parent}",
+                hint=f"make it first: mkdir -p {path.parent}",
+            )
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise JobError(f"{option} {path}: no right to write there", hint="name another file")
+
+
+def read_pins(pairs: Sequence[str]) -> dict[str, str]:
+    """Pins by name, of NAME=LAYOUT each.
+
+    Raises:
+        JobError: one is not written so, or two are of one name.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, _, layout = (half.strip() for half in pair.rpartition("="))
+        if not name or not layout:
+            raise JobError(
+                f"--pin {pair}: expected NAME=LAYOUT", hint="--pin classifier.0.weight=S0"
+            )
+        if name in found:
+            raise JobError(
+                f"--pin {pair}: {name} is pinned to {found[name]} already",
+                hint="one layout for each name; for an axis each, [S0, B]",
+            )
+        found[name] = layout
+    return found
 
 
 def show(plan: StepPlan, console: Console) -> None:
     """Prints a plan: what it takes beside the known ways, its layers, and its largest routes."""
     cluster, mesh = plan.cluster, " x ".join(map(str, plan.assignment.sizes))
+    if plan.stages is not None:
+        mesh += " in each stage"
     console.print(
         f"{plan.network}  {plan.batch:,} examples a step on {cluster.hosts} x {cluster.devices} "
         f"{cluster.device.name}, mesh {mesh}"
@@ -23,8 +92,9 @@ def show(plan: StepPlan, console: Console) -> None:
     _show_memory(plan, console)
     if plan.stages is not None:
         stages = plan.stages
+        chunks = "1 chunk" if stages.chunks == 1 else f"{stages.chunks} chunks"
         console.print(
-            f"pipeline  {stages.number} stages of {stages.chunks} chunks, {stages.micro_batches} "
+            f"pipeline  {stages.number} stages of {chunks}, {stages.micro_batches} "
             f"micro-batches, {stages.bubble:.0%} of a step waiting"
         )
     console.print(f"plan    {plan.fingerprint}")

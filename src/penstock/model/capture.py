@@ -40,6 +40,7 @@ from penstock.errors import NetworkError
 from penstock.model.clipping import Clipping
 from penstock.model.decompositions import DECOMPOSITIONS, fresh_salts
 from penstock.model.graph import Graph, Input, Node, Output, Phase, Ref, Role, Spec
+from penstock.model.logits import from_logits
 from penstock.model.unfold import unfolded
 from penstock.model.updates import GRADIENT, PARAMETER, RATE, SAME, SKIPPED, OptimizerMaker, Updates
 
@@ -120,7 +121,7 @@ def capture(
         warnings.simplefilter("ignore")
         builder = _Builder(_joint(network, loss, batch, autocast), _first_names(network))
         builder.add_all(batch)
-        builder.unfold()
+        builder.simplify()
         builder.clip(clipping or Clipping())
         if optimizer is None:
             builder.give_gradients()
@@ -256,10 +257,10 @@ class _Builder:
                 case "output":
                     self._finish(node)
 
-    def unfold(self) -> None:
-        """Takes products over several batch dims for what they are."""
-        nodes = unfolded(self._nodes, self._specs)
+    def simplify(self) -> None:
+        """Takes products over several batch dims, and losses by classes, for what they are."""
         needed = {output.name for output in self._outputs} | {*self._gradients.values()}
+        nodes = from_logits(unfolded(self._nodes, self._specs), self._specs, needed)
         self._nodes = _without_dead(nodes, needed)
 
     def clip(self, clipping: Clipping) -> None:

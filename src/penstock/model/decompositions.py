@@ -2,7 +2,8 @@
 
 A mean is a sum and a factor: the factor is of the whole tensor, wherever the sum is taken. Batch
 norm is written with sums over the batch, so that statistics of a split batch are those of the
-whole. Random operators become `penstock.uniform`, which is the same however it is split.
+whole. A loss by classes takes one number of each row, and backward puts one there, by an operator
+of its own. Random operators become `penstock.uniform`, which is the same however it is split.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch._decomp import get_decompositions
+from torch._decomp import decompositions, get_decompositions
 
-from penstock.model import randomness
+from penstock.model import cross_entropy, randomness
 
 aten: Any = torch.ops.aten
 _salts = itertools.count()
 """Tells apart the random tensors of a graph; see `fresh_salts`."""
-assert randomness  # registers the operator
+assert cross_entropy
+assert randomness  # they register operators
 
 
 def fresh_salts() -> None:
@@ -131,6 +133,59 @@ def _batch_norm_without_statistics(
     return _batch_norm(x, weight, bias, zeros, zeros, True, momentum, eps)[:3]
 
 
+NONE, MEAN = 0, 1
+"""As torch numbers reductions; 2 is a sum."""
+
+
+def _nll_loss(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, reduction: int, ignored: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, rows that count)."""
+    if weight is not None or x.dim() < 2:
+        found: tuple[torch.Tensor, torch.Tensor] = decompositions._nll_loss_forward(
+            x, y, weight, reduction, ignored
+        )
+        return found
+    out = y == ignored
+    loss = -torch.gather(x, 1, y.masked_fill(out, 0).unsqueeze(1)).squeeze(1)
+    loss = loss.masked_fill(out, 0)
+    if reduction == NONE:
+        return loss, x.new_full((), 0.0)
+    count = _sum_of_all(y != ignored).to(x.dtype)
+    loss = _sum_of_all(loss)
+    return (loss / count if reduction == MEAN else loss), count
+
+
+def _nll_loss_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: int,
+    ignored: int,
+    count: torch.Tensor,
+) -> torch.Tensor:
+    if weight is not None or x.dim() < 2:
+        return cast("torch.Tensor", NotImplemented)  # which leaves it to torch
+    values = -(gradient / count if reduction == MEAN else gradient)
+    out = y == ignored
+    values = values.expand(y.shape).masked_fill(out, 0).unsqueeze(1)
+    index = y.masked_fill(out, 0).unsqueeze(1)
+    put: torch.Tensor = torch.ops.penstock.put_at(values, index, 1, 0, x.shape[1])
+    return put
+
+
+def _nll_loss2d_backward(
+    gradient: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight: Any, *options: Any
+) -> torch.Tensor:
+    if weight is not None:
+        weighted: torch.Tensor = decompositions.nll_loss2d_backward(
+            gradient, x, y, weight, *options
+        )
+        return weighted
+    return _nll_loss_backward(gradient, x, y, weight, *options)
+
+
 def _uniform_like(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     seed = torch.zeros((), dtype=torch.int64)  # the graph's own seed takes its place
     size = [int(n) for n in shape]
@@ -187,9 +242,6 @@ def _randn(size: Sequence[int], *, dtype: torch.dtype | None = None, **_: Any) -
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     **get_decompositions(
         [
-            aten.nll_loss_forward,
-            aten.nll_loss2d_forward,
-            aten.nll_loss2d_backward,
             aten.native_batch_norm_backward,
             aten.binary_cross_entropy,
             aten.binary_cross_entropy_with_logits,
@@ -218,6 +270,10 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.var.correction: _var,
     aten._native_batch_norm_legit_functional.default: _batch_norm,
     aten._native_batch_norm_legit.no_stats: _batch_norm_without_statistics,
+    aten.nll_loss_forward.default: _nll_loss,
+    aten.nll_loss2d_forward.default: _nll_loss,
+    aten.nll_loss_backward.default: _nll_loss_backward,
+    aten.nll_loss2d_backward.default: _nll_loss2d_backward,
     aten.native_dropout.default: _native_dropout,
     aten.native_dropout_backward.default: _native_dropout_backward,
     aten.bernoulli.p: _bernoulli,

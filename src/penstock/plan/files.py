@@ -18,14 +18,16 @@ def write_json(path: str | Path, values: Any) -> None:
     try:
         Path(path).write_text(json.dumps(values, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"{path}: {error}", hint="name a file that can be made") from error
+        raise UserError(
+            f"{path}: {error.strerror or error}", hint="name a file that can be made"
+        ) from error
 
 
 def read_json(path: str | Path, *, missing: str, wrong: str) -> Any:
     """Reads such a file.
 
     Arguments:
-        missing, wrong: hints, where it cannot be read, and where it is not JSON.
+        missing, wrong: hints, where it is not there, and where it is not JSON.
 
     Raises:
         UserError: names the file.
@@ -33,6 +35,7 @@ def read_json(path: str | Path, *, missing: str, wrong: str) -> Any:
     try:
         return json.loads(Path(path).read_text())
     except OSError as error:
-        raise UserError(f"{path}: {error}", hint=missing) from error
+        hint = missing if isinstance(error, FileNotFoundError) else "name a file that can be read"
+        raise UserError(f"{path}: {error.strerror or error}", hint=hint) from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}", hint=wrong) from error

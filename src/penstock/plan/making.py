@@ -26,18 +26,24 @@ from penstock.plan.memory.footprint import footprint
 from penstock.plan.memory.liveness import pack
 from penstock.plan.memory.recompute import AGAIN, Recomputation
 from penstock.plan.memory.shortage import Remedy, Shortage, recomputed, smaller_batch
-from penstock.plan.pipelines.search import choose, inside_of
+from penstock.plan.pipelines.inside import Insides
+from penstock.plan.pipelines.model import Candidate, inside_of
+from penstock.plan.pipelines.search import SEARCHED, choose
+from penstock.plan.pipelines.stages import crossing_bytes
 from penstock.plan.programs.lower import lower
 from penstock.plan.rules.signatures import has_rule
 from penstock.plan.search.pins import Pins
-from penstock.plan.search.price import ClusterPrices, Price, price
+from penstock.plan.search.price import ClusterPrices, Price
 from penstock.plan.search.search import GAP, TIME_LIMIT_S, Found, Search
 from penstock.plan.step import Layer, Memory, Route, Stages, StepPlan, Times
+from penstock.plan.words import in_bytes, in_time
 
 POINTS = 240
 """Of a memory timeline that is written down."""
 TRIES = 4
 """Budgets that are tried for what runs again."""
+PIPELINES_SHARE = 0.5
+"""Of the time limit of the search, what pipelines may have beside it."""
 
 
 def plan_step(
@@ -112,32 +118,51 @@ def plan_pipeline(
     cluster: Cluster,
     batch: int,
     *,
+    beside: StepPlan | None = None,
     network: str = "network",
     pins: Pins | None = None,
     gap: float = GAP,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> StepPlan | None:
-    """Decides how a step is best cut into the stages of a pipeline, and split inside of them.
+    """Decides whether a step is better cut into the stages of a pipeline, and how.
 
     Arguments:
         capture_at: the graph of a step of so many examples.
         batch: examples of a step, cut into micro-batches.
+        beside: the plan without a pipeline, if one fits.
+        time_limit_s: of all of it, about; `PIPELINES_SHARE` of it, if there is a plan already.
 
     Returns:
-        The best that fits; None if there is none.
+        The best pipeline, if one fits and takes less than `beside`; else that plan, with a note of
+        what was looked at; None if there is neither.
     """
+    if beside is not None:
+        why = _without_pipelines(capture_at(batch), pins)
+        if why:
+            return replace(beside, notes=(*beside.notes, f"no pipeline was tried: {why}"))
+        time_limit_s *= PIPELINES_SHARE
 
-    def inside(graph: Graph, part: Cluster) -> Assignment:
-        return Search(graph, part, pins=pins).find(gap=gap, time_limit_s=time_limit_s).assignment
-
-    found = choose(capture_at, cluster, batch, inside)
-    if found is None or not found.fits:
-        return None
+    limit_s = time_limit_s / (2 * SEARCHED)
+    insides = Insides(capture_at, batch, pins=pins, gap=gap, time_limit_s=limit_s)
+    below_s = math.inf if beside is None else beside.times.step_s
+    choice = choose(
+        insides.micro_batch,
+        cluster,
+        batch,
+        insides.searched,
+        known=insides.known,
+        below_s=below_s,
+        time_limit_s=time_limit_s,
+    )
+    found = choice.best
+    if found is None or not found.fits or found.step_s >= below_s:
+        if beside is None:
+            return None
+        return replace(beside, notes=(*beside.notes, f"no pipeline is faster: {choice.words}"))
     part = inside_of(cluster, found.sizes[0])
     prices = ClusterPrices(found.graph, part, part.mesh)
     split = _Split(found.graph, found.assignment, part, prices)
-    priced = price(found.graph, found.assignment, prices)
-    share = found.micro_batches / found.sizes[0]
+    compute_s, exchange_s = split.times_in(found)
     return StepPlan(
         network=network,
         batch=batch,
@@ -147,12 +172,12 @@ def plan_pipeline(
         origin="pipeline",
         times=Times(
             found.step_s,
-            priced.compute_s * share,
-            priced.exchange_s * share,
-            priced.exposed_s,
+            compute_s,
+            exchange_s,
+            found.exposed_s,
             int(max(found.held_bytes)),
         ),
-        beside={},
+        beside={} if beside is None else {"without a pipeline": beside.times, **beside.beside},
         layers=split.layers(),
         routes=split.routes(),
         stages=Stages(
@@ -169,8 +194,33 @@ def plan_pipeline(
                 for rank in found.timeline.ranks
             ),
         ),
-        notes=tuple(split.notes()),
+        notes=(_of_pipeline(found, beside), choice.words, *split.notes()),
     )
+
+
+def _without_pipelines(graph: Graph, pins: Pins | None) -> str:
+    """Why a step that fits is not cut into micro-batches unasked; nothing if it may be."""
+    if pins:
+        return "pins are of the whole mesh"
+    for output in graph.outputs:
+        computed = output.role == "buffer" and output.name in graph.producer
+        if computed and graph.specs[output.name].dtype.is_floating_point:
+            return f"{output.target} is of the whole batch, and would be of a micro-batch"
+    return ""
+
+
+def _of_pipeline(found: Candidate, beside: StepPlan | None) -> str:
+    """Why it is a pipeline."""
+    sent = [max(both) for both in crossing_bytes(found.stages)]
+    of = (
+        f"a pipeline: {found.micro_batches} micro-batches send at most {in_bytes(max(sent))} over "
+        f"a cut each way, and ranks wait {found.bubble:.0%} of a step"
+    )
+    if beside is None:
+        return f"{of}; without one no plan fits"
+    times = beside.times
+    waited = in_time(times.exchange_s + times.exposed_s)
+    return f"{of}; without one {waited} of {in_time(times.step_s)} are exchanges not hidden"
 
 
 def _times(found: Price) -> Times:
@@ -228,6 +278,24 @@ class _Split:
         """What a node takes on the rank with most of it; a second time as at the first."""
         first = self._first[node.name.removesuffix(AGAIN)]
         return self.prices.operator_s(first, self.assignment.nodes[first.name])
+
+    def times_in(self, pipeline: Candidate) -> tuple[float, float]:
+        """Of operators, and of exchanges that they wait for, each on the rank of the pipeline with
+        most; of all micro-batches."""
+        stages, schedule = pipeline.stages, pipeline.schedule
+        compute_s, exchange_s = ([0.0] * len(schedule.ranks) for _ in range(2))
+
+        def count(seconds: list[float], node: Node, once_s: float) -> None:
+            if node.name not in stages.copied:
+                times = pipeline.micro_batches if node.name in stages.repeated else 1
+                seconds[schedule.rank_of(stages.of[node.name])] += times * once_s
+
+        for node in self.graph.nodes:
+            count(compute_s, node, self.seconds(node))
+        for change in self._changes:
+            if change.awaiting:
+                count(exchange_s, change.awaiting[0], change.way.cost_s)
+        return max(compute_s), max(exchange_s)
 
     def with_again(self, budget_bytes: int) -> _Split | None:
         """With so much of forward run again that a step should fit; None: not possible."""

@@ -47,11 +47,11 @@ svg .faint { fill: var(--faint) } svg .rule { stroke: var(--line) }
 
 def picture(plan: StepPlan) -> str:
     """The page."""
-    parts = [_head(plan), _times(plan), _layers(plan.layers, plan.routes)]
+    parts = [_head(plan), _times(plan), _layers(plan)]
     if plan.memory is not None:
         parts.append(_memory(plan.memory))
     if plan.stages is not None:
-        parts.append(_stages(plan.stages))
+        parts.append(_stages(plan.stages, plan.times.step_s))
     title = escape(f"Plan of {plan.network}")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
@@ -81,8 +81,13 @@ def _placements(words: str) -> list[str]:
 
 def _head(plan: StepPlan) -> str:
     mesh = " x ".join(map(str, plan.assignment.sizes))
+    if plan.stages is not None:
+        mesh += " in each stage"
     cluster = plan.cluster
-    where = f"{cluster.hosts} hosts of {cluster.devices} devices ({escape(cluster.device.name)})"
+    where = (
+        f"{_number(cluster.hosts, 'host')} of {_number(cluster.devices, 'device')} "
+        f"({escape(cluster.device.name)})"
+    )
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in plan.notes)
     return (
         f"<h1>{escape(plan.network)}</h1><p>{plan.batch:,} examples a step on {where}, "
@@ -98,7 +103,8 @@ def _times(plan: StepPlan) -> str:
         + f"<td>{times.step_s / plan.times.step_s:.2f}</td></tr>"
         for name, times in rows
     )
-    heads = ("", "step", "compute", "exchange, waited for", "exchange, not hidden", "memory", "")
+    heads = ("", "step", "compute", "exchange, waited for", "exchange, not hidden", "memory",
+             "times this")  # fmt: skip
     head = "".join(f"<th>{name}</th>" for name in heads)
     return f"<h2>Predicted</h2><table><tr>{head}</tr>{body}</table>"
 
@@ -109,7 +115,9 @@ def _cells(times: Times) -> list[str]:
     return [*map(in_time, seconds), peak]
 
 
-def _layers(layers: Sequence[Layer], routes: Sequence[Route]) -> str:
+def _layers(plan: StepPlan) -> str:
+    layers, routes, staged = plan.layers, plan.routes, plan.stages is not None
+    alone = max(plan.assignment.sizes, default=1) == 1
     longest = max([layer.compute_s + layer.exchange_s for layer in layers], default=1.0) or 1.0
     into: dict[str, list[Route]] = {}
     for route in routes:
@@ -120,10 +128,12 @@ def _layers(layers: Sequence[Layer], routes: Sequence[Route]) -> str:
     for number, layer in enumerate(layers):
         y = number * ROW
         wide, more = layer.compute_s * scale, layer.exchange_s * scale
-        colour = COLOURS[kind_of(layer)]
+        colour = COLOURS["copied" if alone else kind_of(layer)]
+        splits = "" if alone else layer.splits
         name = layer.module or "(loss, and what is in no module)"
         routed = "; ".join(_route(route) for route in into.get(layer.module, ())[:3])
-        words = f"{layer.splits}; {in_time(layer.compute_s)} of compute; {routed or 'no routes'}"
+        words = f"{in_time(layer.compute_s)} of compute; {routed or 'no routes'}"
+        words = f"{splits}; {words}" if splits else words
         said = in_bytes(layer.exchange_bytes) if layer.exchange_bytes else ""
         drawn.append(
             f"<g><title>{escape(words)}</title>"
@@ -133,17 +143,19 @@ def _layers(layers: Sequence[Layer], routes: Sequence[Route]) -> str:
             f'<rect x="{left + wide:.1f}" y="{y + 9}" width="{more:.1f}" height="8" '
             f'fill="{colour}" opacity=".45"/>'
             f'<text x="{left + wide + more + 8:.1f}" y="{y + 17}" class="faint">'
-            f"{escape(layer.splits)} {said}</text></g>"
+            f"{escape(splits)} {said}</text></g>"
         )
-    used = dict.fromkeys(kind_of(layer) for layer in layers)
+    used = {kind: MEANINGS[kind] for kind in map(kind_of, layers)}
+    if alone:
+        used = {"copied": "whole on a rank of its stage" if staged else "whole on the one rank"}
     keys = "".join(
-        f'<span class="key"><i style="background:{COLOURS[kind]}"></i>{MEANINGS[kind]}</span>'
-        for kind in used
+        f'<span class="key"><i style="background:{COLOURS[kind]}"></i>{meaning}</span>'
+        for kind, meaning in used.items()
     )
     height = len(layers) * ROW + 6
     return (
         f"<h2>Layers</h2><p>{keys}<span class='key'>pale: exchange that computing waits for</span>"
-        f"</p>{_svg(height, drawn)}" + _table_of(routes)
+        f"</p>{_svg(height, drawn)}" + _table_of(routes, " inside a stage" * staged)
     )
 
 
@@ -155,20 +167,22 @@ def _short(name: str, most: int = 36) -> str:
     return name if len(name) <= most else "..." + name[3 - most :]
 
 
-def _table_of(routes: Sequence[Route], most: int = 20) -> str:
+def _table_of(routes: Sequence[Route], where: str, most: int = 20) -> str:
     if not routes:
-        return "<p>Nothing is exchanged.</p>"
+        return f"<p>Nothing is exchanged{where}.</p>"
     largest = sorted(routes, key=lambda route: -route.seconds)[:most]
     body = "".join(
         f"<tr><td>{escape(_short(route.tensor, 48))}</td><td>{escape(route.source)}</td>"
         f"<td>{escape(route.target)}</td><td>{in_bytes(route.num_bytes)}</td>"
-        f"<td>{in_time(route.seconds)}</td><td>{'beside backward' if route.late else ''}</td></tr>"
+        f"<td>{in_time(route.seconds)}</td>"
+        f"<td>{'updates, the next step' if route.late else 'computing'}</td></tr>"
         for route in largest
     )
-    head = "".join(f"<th>{n}</th>" for n in ("tensor", "from", "to", "a rank sends", "takes", ""))
+    heads = ("tensor", "from", "to", "a rank sends", "takes", "what waits for it")
+    head = "".join(f"<th>{name}</th>" for name in heads)
     rest = len(routes) - len(largest)
     more = f'<p class="note">and {rest} smaller routes</p>' if rest else ""
-    return f"<h2>Routes</h2><table><tr>{head}</tr>{body}</table>{more}"
+    return f"<h2>Routes{where}</h2><table><tr>{head}</tr>{body}</table>{more}"
 
 
 def _memory(memory: Memory) -> str:
@@ -180,11 +194,17 @@ def _memory(memory: Memory) -> str:
     def y(count: float) -> float:
         return height - height * count / top
 
-    points = " ".join(f"{n * across:.1f},{y(count):.1f}" for n, count in enumerate(line))
+    def area(counts: Iterable[int], opacity: str) -> str:
+        points = " ".join(f"{n * across:.1f},{y(count):.1f}" for n, count in enumerate(counts))
+        return (
+            f'<polygon points="0,{height} {points} {WIDTH},{height}" fill="#4285f4" '
+            f'opacity="{opacity}"/>'
+        )
+
     drawn = [
-        f'<polygon points="0,{height} {points} {WIDTH},{height}" fill="#4285f4" opacity=".35"/>',
-        f'<rect x="0" y="{y(memory.resident_bytes):.1f}" width="{WIDTH}" '
-        f'height="{height - y(memory.resident_bytes):.1f}" fill="#4285f4" opacity=".45"/>',
+        area(line, ".35"),
+        # A batch is freed when it has been read: there may be less than what was there at first.
+        area((min(count, memory.resident_bytes) for count in line), ".45"),
         f'<text x="6" y="{y(memory.resident_bytes) - 4:.1f}" class="faint">parameters, state, '
         f"batch: {in_bytes(memory.resident_bytes)}</text>",
         f'<text x="{WIDTH - 6}" y="14" text-anchor="end">peak {in_bytes(memory.peak_bytes)}; '
@@ -203,7 +223,7 @@ def _memory(memory: Memory) -> str:
     )
 
 
-def _stages(stages: Stages) -> str:
+def _stages(stages: Stages, step_s: float) -> str:
     last = max((end for stage in stages.timeline for *_, end in stage), default=1.0)
     scale, left = (WIDTH - 80) / last, 80
     drawn = []
@@ -221,15 +241,24 @@ def _stages(stages: Stages) -> str:
             if wide > 14:
                 drawn.append(f'<text x="{x + 3:.1f}" y="{y + 17}">{micro_batch}</text>')
     words = (
-        f"{stages.number} stages of {stages.chunks} chunks, {stages.micro_batches} micro-batches; "
-        f"a rank waits {stages.bubble:.0%} of a step"
+        f"{_number(stages.number, 'stage')} of {_number(stages.chunks, 'chunk')}, "
+        f"{stages.micro_batches} micro-batches; a rank waits {stages.bubble:.0%} of a step"
     )
     keys = "".join(
         f'<span class="key"><i style="background:{COLOURS[colour]}"></i>{what}</span>'
         for colour, what in (("batch", "forward"), ("features", "backward"))
     )
-    height = len(stages.timeline) * ROW + 6
+    height = len(stages.timeline) * ROW + 20
+    drawn.append(f'<text x="{left}" y="{height - 4}" class="faint">0</text>')
+    drawn.append(
+        f'<text x="{WIDTH}" y="{height - 4}" class="faint" text-anchor="end">{in_time(last)} of '
+        f"a step of {in_time(step_s)}; the rest is once a step, as updates are</text>"
+    )
     return f"<h2>Pipeline</h2><p>{words}</p><p>{keys}</p>{_svg(height, drawn)}"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def _svg(height: float, drawn: Iterable[str]) -> str:

@@ -69,9 +69,11 @@ def reason(search: Search, found: Found, parameter: str, near: int = NEAR) -> Re
     """
     known = [item.target for item in search.graph.inputs if item.role == "parameter"]
     if parameter not in known:
+        inside = [name for name in known if parameter and name.startswith(f"{parameter}.")]
+        some = f"for instance {', '.join((inside or known)[:5])}"
         raise UserError(
             f"the network has no parameter {parameter!r}",
-            hint=did_you_mean(parameter, known) or f"for instance {', '.join(known[:5])}",
+            hint=some if inside else did_you_mean(parameter, known) or some,
         )
     name = search.graph.input("parameter", parameter).name
     cells = search.cells.cells

@@ -24,6 +24,7 @@ from penstock.plan.layout import in_words, read_layout
 from penstock.plan.rules.signatures import Combination, Signature
 
 FORMAT = 1
+_MAKES_ONE = "penstock plan JOB.yaml --on cluster.json --save FILE makes one"
 
 
 @dataclass(frozen=True)
@@ -222,10 +223,10 @@ class StepPlan:
                 )
             plan = cls._read(values, source)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{source}: not a plan: {type(error).__name__}: {error}",
-                hint="penstock plan JOB.yaml --on cluster.json --save FILE makes one",
-            ) from error
+            what = f"{type(error).__name__}: {error}"
+            if isinstance(error, KeyError):
+                what = f"there is no key {error}"
+            raise UserError(f"{source}: not a plan: {what}", hint=_MAKES_ONE) from error
         if plan.fingerprint != values["fingerprint"]:
             raise UserError(
                 f"{source}: its decisions have the fingerprint {plan.fingerprint}; expected "
@@ -275,7 +276,7 @@ class StepPlan:
             UserError: it is not there, or not a plan.
         """
         missing = f"penstock plan JOB.yaml --on cluster.json --save {path} makes one"
-        values = read_json(path, missing=missing, wrong="is it a plan?")
+        values = read_json(path, missing=missing, wrong=_MAKES_ONE)
         return cls.from_json(values, str(path))
 
     def check(self, graph: Graph) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def plan(
     cluster: Cluster | str | Path,
     *,
     pins: Pins | None = None,
-    pipelines: bool = False,
+    pipelines: bool = True,
     gap: float = GAP,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> StepPlan:
@@ -50,10 +49,11 @@ def plan(
             `shards`, or where the job does not say how many, of each device of the cluster.
         cluster: or the name of its file.
         pins: by name of a parameter or module, how it is to lie: `{"classifier.0.weight": "S0"}`.
-        pipelines: whether stages of a pipeline are tried also where a step fits without: each
-            number of them and of micro-batches is a search of its own.
+        pipelines: whether the stages of a pipeline are among what is chosen from. With pins, or
+            where a network has statistics of a batch (batch norm), they are only where nothing
+            else fits.
         gap: how far above the best there is a plan may be.
-        time_limit_s: of the search.
+        time_limit_s: of the search; pipelines have half as much beside it.
 
     Raises:
         JobError: the strategy has no common step; or a pin is not possible.
@@ -65,18 +65,14 @@ def plan(
     options: dict[str, Any] = {
         "network": job.name, "pins": pins, "gap": gap, "time_limit_s": time_limit_s
     }  # fmt: skip
+    at = functools.cache(step.at)
     found, refused = None, None
     try:
-        found = plan_step(step.graph, where, batch=step.batch, at_batch=step.at, **options)
+        found = plan_step(at(step.batch), where, batch=step.batch, at_batch=at, **options)
     except NetworkError as error:
         refused = error
-    if pipelines or refused is not None:
-        staged = plan_pipeline(step.at, where, step.batch, **options)
-        if staged is not None and (found is None or staged.times.step_s < found.times.step_s):
-            beside = {} if found is None else {"without a pipeline": found.times, **found.beside}
-            return replace(staged, beside=beside)
-        if found is not None:
-            return replace(found, notes=(*found.notes, "no pipeline is faster"))
+    if pipelines:
+        found = plan_pipeline(at, where, step.batch, beside=found, **options)
     if found is None:
         assert refused is not None
         raise refused

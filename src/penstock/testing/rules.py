@@ -15,10 +15,27 @@ from typing import Any
 
 import torch
 
+from penstock.model.cross_entropy import log_sum
 from penstock.model.graph import Graph, Node, Ref, Spec
-from penstock.plan.layout import B, Layout, P, everyone, in_words, local_shape, rank_of, split
+from penstock.plan.layout import (
+    B,
+    Layout,
+    P,
+    everyone,
+    in_words,
+    join,
+    local_shape,
+    rank_of,
+    split,
+)
 from penstock.plan.rules.formula import argument
-from penstock.plan.rules.signatures import Combination, Units, combinations, localized
+from penstock.plan.rules.signatures import (
+    Combination,
+    Signature,
+    Units,
+    combinations,
+    localized,
+)
 
 aten = torch.ops.aten
 TOLERANCE = 1e-9
@@ -101,11 +118,45 @@ def _check_one(
             raise AssertionError(f"{words}: rank {rank} cannot call {call}: {error}") from error
     if "empty" in node.op:
         return  # of no numbers in particular
+    if node.op in MEANINGS:
+        expected, results = _by_meaning(node, specs, sizes, chosen, expected, results, words)
+        chosen = tuple(Signature(s.inputs, (B,) * len(s.outputs)) for s in chosen)
     for number, name in enumerate(node.outputs):
         if name is not None:
             layout = tuple(s.outputs[number] or B for s in chosen)
             parts = [result[name] for result in results]
             _compare(expected[name], parts, layout, sizes, f"{words}: output {number}")
+
+
+def _by_meaning(
+    node: Node,
+    specs: Mapping[str, Spec],
+    sizes: Sequence[int],
+    chosen: Combination,
+    expected: Mapping[str, torch.Tensor],
+    results: Sequence[Mapping[str, torch.Tensor]],
+    words: str,
+) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Of whole and of joined results what they mean, as if on all ranks; parts and copies are
+    checked for themselves."""
+    names = [str(name) for name in node.outputs]
+    joined: dict[str, torch.Tensor] = {}
+    for number, name in enumerate(names):
+        layout = tuple(s.outputs[number] or B for s in chosen)
+        assert P not in layout, f"{words}: what has a meaning of its own is no sum"
+        parts = [result[name] for result in results]
+        shapes = [local_shape(specs[name].shape, layout, sizes, at) for at in everyone(sizes)]
+        found = [tuple(part.shape) for part in parts]
+        assert found == shapes, f"{words}: output {number} is {found}, not {shapes}"
+        joined[name] = join(parts, layout, sizes, specs[name].shape)
+        for part, at in zip(parts, everyone(sizes), strict=True):
+            same = torch.equal(part, split(joined[name], layout, sizes, at))
+            assert same, f"{words}: output {number}: copies differ"
+    meant = [
+        dict(zip(names, MEANINGS[node.op](node, [of[n] for n in names]), strict=True))
+        for of in (expected, joined)
+    ]
+    return meant[0], [meant[1]] * len(results)
 
 
 def _compare(
@@ -195,6 +246,11 @@ def _random(spec: Spec, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(0, 5, spec.shape, dtype=spec.dtype, generator=generator)
 
 
+MEANINGS: dict[str, Callable[[Node, Sequence[torch.Tensor]], Sequence[torch.Tensor]]] = {
+    "penstock.log_sums.default": lambda node, of: log_sum(of[0], of[1], argument(node, "dim")),
+}
+"""Operators that may give other numbers where they are split, which mean the same."""
+
 POSITIVE = {
     "aten.sqrt": 0, "aten.rsqrt": 0, "aten.log": 0, "aten.log1p": 0, "aten.pow": 0,
     "aten.reciprocal": 0, "aten.div": 1, "aten.addcdiv": 2, "aten.nll_loss_backward": -1,
@@ -220,6 +276,10 @@ def _consistent(node: Node, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
             dims = [dim for dim, index in enumerate(indices) if index is not None]
             for number, dim in enumerate(dims, start=1):
                 inputs[number] %= inputs[0].shape[dim]
+        case "penstock.put_at":
+            inputs[1] = inputs[1] * 5 % argument(node, "size")  # in all parts
+        case "penstock.class_gradient":
+            inputs[4] = inputs[4] * 5 % inputs[1].shape[argument(node, "dim")]
         case "aten.nll_loss_backward":
             inputs[2] %= inputs[1].shape[1]
         case "aten.max_pool2d_with_indices_backward":

@@ -139,8 +139,11 @@ class Cluster:
         hosts, devices = (reader.count(key, values[key]) for key in ("hosts", "devices"))
         near = reader.link("near", values["near"])
         if "far" not in values and hosts > 1:
-            raise reader.wrong("far", None, f"the link between the {hosts} hosts, written as near")
+            raise reader.missing("far", f"the link between the {hosts} hosts, written as near")
         far = reader.link("far", values["far"]) if "far" in values else near
+        if hosts * devices > MAX_DEVICES:
+            most = f"at most {MAX_DEVICES} devices in all, {devices} on each host"
+            raise reader.wrong("hosts", hosts, most)
         return cls(hosts, devices, reader.device("device", values["device"]), near, far)
 
     def save(self, path: str | Path) -> None:
@@ -163,7 +166,7 @@ class Cluster:
         return cls.from_json(values, str(path))
 
 
-_NUMBER = r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*"
+_NUMBER = r"\s*([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*"
 _PREFIX = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15} | {
     f"{prefix}i": 1 << 10 * power for power, prefix in enumerate("KMGTP", 1)
 }
@@ -205,8 +208,11 @@ class _Reader:
         self._source = source
 
     def wrong(self, key: str, got: object, expected: str, hint: str = _FILE) -> UserError:
-        what = f"{key} is {got!r}" if got is not None else f"{key} is not given"
-        return UserError(f"{self._source}: {what}; expected {expected}", hint=hint)
+        got = "null" if got is None else repr(got)  # as JSON has it
+        return UserError(f"{self._source}: {key} is {got}; expected {expected}", hint=hint)
+
+    def missing(self, key: str, expected: str) -> UserError:
+        return UserError(f"{self._source}: {key} is not given; expected {expected}", hint=_FILE)
 
     def object(
         self, key: str, values: Any, names: Iterable[str], optional: Iterable[str] = ()
@@ -221,7 +227,8 @@ class _Reader:
                 raise UserError(f"{self._source}: there is no key {inside}{name}", hint=hint)
         for name in names:
             if name not in values and name not in optional:
-                raise self.wrong(f"{inside}{name}", None, f"an object of {', '.join(names)}")
+                whole = f"{key} to be " if key else ""
+                raise self.missing(f"{inside}{name}", f"{whole}an object of {', '.join(names)}")
         return values
 
     def device(self, key: str, values: Any) -> Device:
@@ -268,6 +275,6 @@ class _Reader:
         except ValueError as error:
             raise self.wrong(key, value, str(error).rpartition("expected ")[2]) from error
         least = 0.0 if is_time else 1.0
-        if isinstance(value, int | float) and value is not True and least <= value < 1e21:
+        if type(value) in (int, float) and least <= value < 1e21:
             return float(value)
         raise self.wrong(key, value, f"a number of at least {least:g}")

@@ -214,8 +214,9 @@ def simulate(
 
     Arguments:
         forward_s, backward_s: of a micro-batch, by stage.
-        send_s: from the end of a task to its result being on the next rank: by the lower stage of
-            the two, or the same everywhere. A rank computes meanwhile. On one rank it is 0.
+        send_s: that a result takes to the next rank: by the lower stage of the two, or the same
+            everywhere. A rank computes meanwhile, but what it sends one way goes one after the
+            other. On one rank it is 0.
 
     Raises:
         PlanError: tasks wait for one another in a circle; names what each rank waits for.
@@ -223,11 +224,21 @@ def simulate(
     ends: dict[Task, float] = {}
     spans: list[list[Span]] = [[] for _ in schedule.ranks]
 
+    sent_s: dict[Task, float] = {}  # by what was sent, when it is there
+    free_s: dict[tuple[int, Direction], float] = {}  # by link, when it has sent all so far
+
     def there_s(task: Task, needed: Task) -> float:
         if schedule.rank_of(task.stage) == schedule.rank_of(needed.stage):
             return ends[needed]
-        between = min(task.stage, needed.stage)
-        return ends[needed] + (send_s if isinstance(send_s, float | int) else send_s[between])
+        return sent_s[needed]
+
+    def send(task: Task) -> None:
+        link = schedule.rank_of(task.stage), task.direction
+        between = task.stage if task.direction == "forward" else task.stage - 1
+        if 0 <= between < schedule.stages - 1:
+            own_s = send_s if isinstance(send_s, float | int) else send_s[between]
+            free_s[link] = max(ends[task], free_s.get(link, 0.0)) + own_s
+            sent_s[task] = free_s[link]
 
     moved = True
     while moved:
@@ -239,10 +250,11 @@ def simulate(
                 needed = schedule.needs(task)
                 if not all(one in ends for one in needed):
                     break
-                free_s = own[-1].end_s if own else 0.0
-                start_s = max([free_s, *(there_s(task, one) for one in needed)])
+                done_s = own[-1].end_s if own else 0.0
+                start_s = max([done_s, *(there_s(task, one) for one in needed)])
                 times_s = forward_s if task.direction == "forward" else backward_s
                 ends[task] = start_s + times_s[task.stage]
+                send(task)
                 own.append(Span(task, start_s, ends[task]))
                 moved = True
     stuck = [

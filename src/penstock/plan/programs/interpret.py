@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from penstock.errors import PenstockError, PlanError, TransportError
-from penstock.model import randomness
+from penstock.model import cross_entropy, randomness
 from penstock.model.graph import Graph, Spec
 from penstock.plan.layout import B, everyone, join, split
 from penstock.plan.programs.groups import Groups, in_this_process
@@ -34,8 +34,9 @@ from penstock.plan.programs.program import (
 )
 from penstock.plan.rules import embedding_part
 
-assert randomness  # registers the operators that programs call,
-assert embedding_part  # and so does this
+assert cross_entropy
+assert randomness
+assert embedding_part  # they register operators that programs call
 
 Tensors = Mapping[str, torch.Tensor]
 

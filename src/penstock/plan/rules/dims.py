@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from penstock.model.graph import Node
-from penstock.plan.rules.formula import Formula, Labels, Specs, argument, product, read, total
+from penstock.plan.layout import S
+from penstock.plan.rules.formula import (
+    Formula,
+    Labels,
+    Signature,
+    Specs,
+    Units,
+    argument,
+    product,
+    read,
+    total,
+)
 
 Rule = Callable[[Node, Specs], Formula | None]
 
@@ -145,7 +156,9 @@ def gathered(node: Node, specs: Specs) -> Formula | None:
     if not _dims_of(node, specs):
         return None
     source, index = _aligned(node, specs)
-    return product([source, index], [index], nonlinear=[1])
+    dim = argument(node, "dim") % len(source)
+    # A rank with some places of the dim finds what is there: of what all find, the sum is right.
+    return product([(*source[:dim], "place", *source[dim + 1 :]), index], [index], nonlinear=[1])
 
 
 def scattered(node: Node, specs: Specs) -> Formula | None:
@@ -174,6 +187,35 @@ def _aligned(node: Node, specs: Specs) -> tuple[Labels, Labels]:
     labels = _labels(len(source))
     ours = tuple(label if kept else None for label, kept in zip(labels, same, strict=True))
     return ours, (*ours[:dim], labels[dim], *ours[dim + 1 :])
+
+
+def log_sums(node: Node, specs: Specs) -> Formula:
+    """What parts of a dim have, at as many places of the results' dim as there are parts."""
+    labels = _labels(_dims_of(node, specs))
+    dim = argument(node, "dim")
+    kept = _without(labels, dim)
+    formula = product([kept], [kept, kept], nonlinear=[0])
+    return Apart(formula.inputs, formula.outputs, formula.terms, formula.linear, dim=dim)
+
+
+@dataclass(frozen=True)
+class Apart(Formula):
+    """A formula, and a dim by which input and outputs are split though it has other sizes."""
+
+    dim: int = 0
+
+    def signatures(self, node: Node, specs: Specs, parts: int, units: Units) -> Iterator[Signature]:
+        yield from super().signatures(node, specs, parts, units)
+        tensors = *node.inputs, *(name for name in node.outputs if name is not None)
+        if all(specs[name].shape[self.dim] >= parts for name in tensors):
+            outputs = tuple(None if name is None else S(self.dim) for name in node.outputs)
+            yield Signature((S(self.dim),) * len(self.inputs), outputs)
+
+
+def log_sum(node: Node, specs: Specs) -> Formula:
+    """Of all places of a dim."""
+    kept = _without(_labels(_dims_of(node, specs)), argument(node, "dim"))
+    return product([kept, kept], [kept, kept], nonlinear=[0, 1])
 
 
 def picked(node: Node, specs: Specs) -> Formula | None:

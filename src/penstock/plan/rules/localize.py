@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from penstock.model import randomness
+from penstock.model import cross_entropy, randomness
 from penstock.model.graph import Node, Spec
 from penstock.plan.layout import Coordinates, part
 from penstock.plan.rules import embedding_part
 from penstock.plan.rules.formula import Signature, argument, place_of
 from penstock.plan.rules.views import VIEWS
 
+assert cross_entropy
 assert embedding_part
 assert randomness  # they register operators
 
@@ -115,6 +116,33 @@ def _embedding_backward(it: _Part) -> Node:
     return replace(it.node, op="penstock.embedding_part_backward.default", args=args, kwargs={})
 
 
+def _gathered(it: _Part) -> Node:
+    """Ranks with some places of the dim."""
+    dim = argument(it.node, "dim")
+    shape = it.specs[it.node.inputs[0]].shape
+    if not shape:
+        return it.node
+    start, stop = it.given(0)[dim]
+    if stop - start == shape[dim]:
+        return it.node
+    args = (*it.node.args[:3], start)
+    return replace(it.node, op="penstock.gather_part.default", args=args, kwargs={})
+
+
+def _log_sums(it: _Part) -> Node:
+    start, stop = it.made()[argument(it.node, "dim")]
+    return it.with_arguments(places=stop - start)
+
+
+def _put_at(it: _Part) -> Node:
+    start, stop = it.made()[argument(it.node, "dim")]
+    return it.with_arguments(start=start, size=stop - start)
+
+
+def _class_gradient(it: _Part) -> Node:
+    return it.with_arguments(start=it.made()[argument(it.node, "dim")][0])
+
+
 def _uniform(it: _Part) -> Node:
     return it.with_arguments(start=[start for start, _ in it.made()], size=it.shape())
 
@@ -154,7 +182,11 @@ RULES: dict[str, Callable[[_Part], Node]] = {
     "aten.convolution_backward": _convolution_backward,
     "aten.embedding": _embedding,
     "aten.embedding_dense_backward": _embedding_backward,
+    "aten.gather": _gathered,
     "aten.tril": _triangle,
     "aten.triu": _triangle,
+    "penstock.class_gradient": _class_gradient,
+    "penstock.log_sums": _log_sums,
+    "penstock.put_at": _put_at,
     "penstock.uniform": _uniform,
 }

@@ -99,6 +99,11 @@ TABLE: tuple[tuple[str | Rule, str], ...] = (
     (dims.normalized("*~, *~!, *~!, *~!, ~!, ~! -> *~, ~(0123), ~(0)"),
      "native_layer_norm_backward"),
     (dims.nll_loss_backward, "nll_loss_backward"),
+    # Losses by classes.
+    (dims.log_sums, "penstock.log_sums"),
+    (dims.log_sum, "penstock.log_sum"),
+    ("*, *! -> *", "penstock.put_at"),
+    ("*, *!, *!, *!, *! -> *", "penstock.class_gradient"),
     (dims.attention, "_scaled_dot_product_flash_attention_for_cpu"),
     (dims.attention_backward, "_scaled_dot_product_flash_attention_for_cpu_backward"),
     # Made of nothing.

@@ -104,6 +104,13 @@ def saved_of(graph: Graph) -> frozenset[str]:
     return frozenset(found)
 
 
+def lying_in_inputs(graph: Graph) -> frozenset[str]:
+    """Inputs, and views of them: where one is asked for in another layout, that is a copy, which
+    stays from forward to backward if both read it."""
+    given = {item.name for item in graph.inputs}
+    return frozenset(name for name, root in roots(graph).items() if root in given)
+
+
 def gradients_of(graph: Graph) -> Mapping[str, frozenset[str]]:
     """By node of the update, the values of other phases that it is the first of them to read."""
     seen: set[str] = set()

@@ -18,7 +18,7 @@ Variables, for a class u of tied cells of which there are n_u, and a value v of 
     overlap     e >= late - hides
                 late  = sum n_v way(v, a, b) l[v, a, b]
                 hides = beside sum n_u (backward and updates of u, c) x[u, c]
-    memory      sum n_u held(u, c) x[u, c] + bytes of routed inputs <= memory of a rank
+    memory      sum n_u held(u, c) x[u, c] + bytes of routed inputs and views <= memory of a rank
 
 Late readers are updates and the next step: what they wait for, exchanges of gradients above all,
 goes on beside what is computed meanwhile. But for what updates themselves give: it is exchanged
@@ -48,7 +48,7 @@ from scipy.sparse import csr_array
 
 from penstock.plan.layout import Layout
 from penstock.plan.rules.joins import Cell, Choice
-from penstock.plan.search.cells import Cells, Prices, held_bytes
+from penstock.plan.search.cells import Cells, Prices, held_bytes, lying_in_inputs
 
 _SHORTEST_S = 0.1
 """HiGHS is let run for this long at least."""
@@ -150,6 +150,7 @@ class _Program:
     ) -> None:
         self._cells, self._prices, self._classes = cells, prices, classes
         self._limits, self._known_s = limits, known_s
+        self._of_inputs = lying_in_inputs(cells.graph)
         self._costs: list[float] = []
         self._rows: list[int] = []
         self._columns: list[int] = []
@@ -258,7 +259,7 @@ class _Program:
             column = self._variable(0.0 if is_late else seconds)
             if is_late:
                 self._late.append((column, seconds))
-            if value.name not in self._cells.graph.producer:
+            if value.name in self._of_inputs:
                 held = held_bytes(spec, route[1], self._prices.sizes)
                 self._held.append((column, value.count * held))
             return column

@@ -70,8 +70,11 @@ def _read(name: str, pin: Pin) -> Placement | Layout:
         if isinstance(pin, Placement):
             return pin
         if isinstance(pin, str):
-            layout = read_layout(pin)
-            return layout if pin.strip().startswith("[") or len(layout) != 1 else layout[0]
+            words = pin.strip()
+            if not words or words.startswith("[") != words.endswith("]"):
+                raise ValueError(f"{pin!r} is no layout")
+            layout = read_layout(words)
+            return layout if words.startswith("[") or len(layout) != 1 else layout[0]
         parts = [p if isinstance(p, Placement) else read_layout(str(p)) for p in pin]
         return tuple(
             itertools.chain.from_iterable([p] if isinstance(p, Placement) else p for p in parts)
@@ -97,16 +100,26 @@ def _impossible(
     asked = repr(wanted) if isinstance(wanted, Placement) else in_words(wanted)
     spec = cells.graph.specs[cell.members[0]]
     layouts = [choice.gives[0] for choice in cell.choices]
+    placements = (wanted,) if isinstance(wanted, Placement) else wanted
     axes = len(layouts[0])
     which = name if of == [name] else f"{name} (its {', '.join(of[:3])}{', ...' * (len(of) > 3)})"
     possible = ", ".join(map(in_words, layouts[:12])) + ", ..." * (len(layouts) > 12)
     if wanted == P or (not isinstance(wanted, Placement) and P in wanted):
         why = "a parameter is not kept as a sum of parts"
     elif not isinstance(wanted, Placement) and len(wanted) != axes:
-        why = f"the mesh has {axes} axes, and the pin {len(wanted)} placements"
+        why = f"the mesh has {_number(axes, 'axis')}, the pin {_number(len(wanted), 'placement')}"
+    elif beyond := [p for p in placements if p.is_split and p.dim >= len(spec.shape)]:
+        why = (
+            f"{spec} has {_number(len(spec.shape), 'dim')}, counted from 0, and no {beyond[0].dim}"
+        )
     else:
         why = f"{spec} cannot be cut so that every rank has a part"
     return JobError(
         f"pin {which}: {asked} is not possible: {why}",
         hint=f"possible are {possible}",
     )
+
+
+def _number(count: int, noun: str) -> str:
+    plural = {"axis": "axes"}.get(noun, f"{noun}s")
+    return f"{count} {noun if count == 1 else plural}"

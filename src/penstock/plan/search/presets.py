@@ -5,8 +5,9 @@
                     reduced to where their parameters lie (Rajbhandari et al. 2020,
                     arXiv:1910.02054, stage 3)
     megatron        on the last axis the matrices S, by columns or rows as suits what comes in, so
-                    that sums are added up once for every two; on the other axes data parallel
-                    (Shoeybi et al. 2019, arXiv:1909.08053)
+                    that sums are added up once for every two, and the loss taken from logits that
+                    lie split by class; on the other axes data parallel (Shoeybi et al. 2019,
+                    arXiv:1909.08053)
 
 From the inputs on, each cell in order takes the choice that costs least with the routes to it. Of
 routes only those are made that these ways have: sums are completed, and what is split is gathered;
@@ -22,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from penstock.plan.layout import B, Layout, P, S, possible
+from penstock.plan.layout import B, Layout, P, Placement, S, possible
 from penstock.plan.rules.joins import Cell, Choice
 from penstock.plan.search.cells import Cells, Prices, assignment_of
 from penstock.plan.search.price import price
@@ -37,10 +38,14 @@ def preset(name: Preset, cells: Cells, prices: Prices) -> tuple[int, ...]:
         return _Greedy(cells, prices, _data_parallel(cells)).choices()
     if name == "zero":
         return _Greedy(cells, prices, _zero(cells, prices)).choices()
-    # Tables of embeddings may be split as the matrices are, or not.
+    # Tables of embeddings may be split as the matrices are, by rows, or not.
+    tables, none = _tables(cells), frozenset[str]()
     ways = [
-        _Greedy(cells, prices, _megatron(cells, copied), copied, by_matrix=True).choices()
-        for copied in (frozenset[str](), _tables(cells))
+        _Greedy(cells, prices, _megatron(cells), by_matrix=True).choices(),
+        _Greedy(cells, prices, _megatron(cells, tables, B), tables, by_matrix=True).choices(),
+        _Greedy(
+            cells, prices, _megatron(cells, tables, S(0)), none, by_matrix=True, by_row=True
+        ).choices(),
     ]
 
     def step_s(chosen: tuple[int, ...]) -> float:
@@ -98,7 +103,11 @@ def _tables(cells: Cells) -> frozenset[str]:
     return frozenset(node.inputs[0] for node in nodes if node.op == "aten.embedding.default")
 
 
-def _megatron(cells: Cells, whole: frozenset[str]) -> dict[str, Wanted]:
+def _megatron(
+    cells: Cells, tables: frozenset[str] = frozenset(), within: Placement = B
+) -> dict[str, Wanted]:
+    """Tables lie so on the last axis."""
+
     def by_batch(layout: Layout) -> int:
         return sum(p != S(0) for p in layout[:-1]) + (layout[-1] != B)
 
@@ -108,9 +117,12 @@ def _megatron(cells: Cells, whole: frozenset[str]) -> dict[str, Wanted]:
     def free(layout: Layout) -> int:
         return sum(p != B for p in layout[:-1])
 
+    def as_table(layout: Layout) -> int:
+        return free(layout) + (layout[-1] != within)
+
     of_role = {"data": by_batch, "parameter": free}
     return {
-        name: copied if name in whole else of_role.get(role, copied)
+        name: as_table if name in tables else of_role.get(role, copied)
         for name, role in _roles(cells).items()
     }
 
@@ -134,6 +146,7 @@ class _Greedy:
         wanted: by input, which layouts.
         tables: inputs that are copied, and by which products of cut activations may be taken.
         by_matrix: whether a cell prefers to split a parameter's matrix on the last axis.
+        by_row: whether a cell prefers to give the gradient of a table's rows split so.
     """
 
     def __init__(
@@ -144,9 +157,10 @@ class _Greedy:
         tables: frozenset[str] = frozenset(),
         *,
         by_matrix: bool = False,
+        by_row: bool = False,
     ) -> None:
         self._cells, self._prices, self._wanted = cells, prices, wanted
-        self._by_matrix = by_matrix
+        self._by_matrix, self._by_row = by_matrix, by_row
         self._roles = _roles(cells)
         self._ops = {node.name: node.op.rpartition(".")[0] for node in cells.graph.nodes}
         self._chosen: dict[int, int] = {}
@@ -253,6 +267,9 @@ class _Greedy:
         if self._by_matrix and self._has(cell, *_MATRIX):
             split = [n for n in fitting if self._splits_matrix(cell, cell.choices[n])]
             fitting = split or fitting
+        if self._by_row and self._has(cell, "aten.embedding_dense_backward"):
+            rows = [n for n in fitting if all(to[-1] == S(0) for to in cell.choices[n].gives)]
+            fitting = rows or fitting
         return min(fitting, key=lambda n: (self._cost(cell, cell.choices[n]), n))
 
     def _has(self, cell: Cell, *ops: str) -> bool:

@@ -7,7 +7,7 @@
     late      = sum over changes that only updates and the next step wait for
     hides     = beside (compute of backward and updates)
     held      = parameters, state, buffers, the batch, gradients, activations that backward reads,
-                and inputs once more for each other layout that is asked of them
+                and inputs, or views of them, once more for each other layout that is asked
 
 A change is a tensor that goes from the layout in which it is made to another that is asked of it,
 once however many ask. What updates have computed changes when all else is done, and is waited for.
@@ -30,7 +30,14 @@ from penstock.plan.costs.routes import Routes, plain
 from penstock.plan.layout import Layout, Placement
 from penstock.plan.rules.joins import Combination
 from penstock.plan.rules.signatures import combinations
-from penstock.plan.search.cells import Prices, gradients_of, held_bytes, key_of, saved_of
+from penstock.plan.search.cells import (
+    Prices,
+    gradients_of,
+    held_bytes,
+    key_of,
+    lying_in_inputs,
+    saved_of,
+)
 from penstock.plan.search.units import of_sizes, of_tensors
 
 
@@ -153,6 +160,7 @@ def price(graph: Graph, assignment: Assignment, prices: Prices, beside: float = 
     for node in graph.nodes:
         seconds[node.phase] += prices.operator_s(node, assignment.nodes[node.name])
     exchange_s = late_s = held = 0.0
+    of_inputs = lying_in_inputs(graph)
     for name, targets in assignment.asked(graph).items():
         spec, source = graph.specs[name], assignment.layout_of(graph, name)
         is_new = name in graph.producer and graph.producer[name][0].phase == "update"
@@ -164,7 +172,7 @@ def price(graph: Graph, assignment: Assignment, prices: Prices, beside: float = 
                 exchange_s += way_s
             else:
                 late_s += way_s
-            if name not in graph.producer and spec.shape:
+            if name in of_inputs and spec.shape:
                 held += held_bytes(spec, target, prices.sizes)
     held += _held(graph, assignment, prices.sizes)
     hides_s = beside * (seconds["backward"] + seconds["update"])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from penstock.plan.layout import Layout
-from penstock.plan.search.cells import Cells, Prices, held_bytes
+from penstock.plan.search.cells import Cells, Prices, held_bytes, lying_in_inputs
 from penstock.plan.search.integer import is_late_read
 from penstock.plan.search.price import Price
 
@@ -20,6 +20,7 @@ class Tally:
 
     def __init__(self, cells: Cells, prices: Prices, beside: float) -> None:
         self._cells, self._prices, self._beside = cells, prices, beside
+        self._of_inputs = lying_in_inputs(cells.graph)
         self._readers: dict[str, list[tuple[int, int]]] = {}
         for k, cell in enumerate(cells.cells):
             for port, name in enumerate(cell.reads):
@@ -45,7 +46,7 @@ class Tally:
                         exchange_s += seconds
                     else:
                         late_s += seconds
-                    if name not in graph.producer:
+                    if name in self._of_inputs:
                         held += held_bytes(graph.specs[name], target, self._prices.sizes)
         compute_s = math.fsum(choice.time_s for choice in taken) + self._cells.scalars_s
         hides_s = math.fsum(choice.hides_s for choice in taken) + self._cells.scalars_s
