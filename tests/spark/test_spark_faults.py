@@ -224,6 +224,7 @@ def test_all_that_can_die_beneath_a_worker(
     assert max(pauses.values()) < RESUMED_S, pauses
 
 
+@pytest.mark.torture
 def test_a_rank_that_spark_takes_for_done(
     cluster: Any,
     session: Callable[..., Any],
@@ -322,7 +323,9 @@ except Interrupted as error:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.torture)]
+)
 def test_the_driver_is_stopped(
     cluster: Any,
     session: Callable[..., Any],

@@ -323,6 +323,7 @@ SHAPES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.torture
 def test_frames_with_fewer_partitions_than_shards(session: Any, tmp_path: Path, capfd: Any) -> None:
     """As are those of one partition, after a `limit` and after adaptive execution."""
     spark = session(**{"spark.sql.shuffle.partitions": "8"})
@@ -336,6 +337,7 @@ def test_frames_with_fewer_partitions_than_shards(session: Any, tmp_path: Path, 
         assert min(shard_rows) > 0
 
 
+@pytest.mark.torture
 def test_speculation_and_dynamic_allocation(session: Any, tmp_path: Path, capfd: Any) -> None:
     """Neither is in the way; dynamic allocation's upper bound counts as slots."""
     spark = session(
@@ -380,6 +382,7 @@ def test_frames_of_one_partition_for_one_worker(spark: Any, tmp_path: Path) -> N
     assert [m.rows for m in run.plan.manifests.values()] == [sum(SIZES), 40]
 
 
+@pytest.mark.torture
 def test_a_dataframe_that_takes_longer_than_gathering(spark: Any, tmp_path: Path) -> None:
     """While Spark makes what the agents take in, their deadline stands still."""
     x, y = digits()
