@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 import torch
 
-from penstock.model.operators import define
+from penstock.model.operators import define, within
 
 PLACES = 16
 """The most ranks of an axis among which logits are split by class. A row's statistics are twice as
@@ -96,8 +96,7 @@ def gather_part(x: torch.Tensor, dim: int, index: torch.Tensor, start: int) -> t
         x: places `start` and following of the dim.
         index: int64, of places of the whole.
     """
-    place = index - start
-    elsewhere = (place < 0) | (place >= x.shape[dim])
+    place, elsewhere = within(index, start, x.shape[dim])
     return x.gather(dim, place.masked_fill_(elsewhere, 0)).masked_fill_(elsewhere, 0)
 
 
@@ -117,8 +116,7 @@ def put_at(
 def _add_at(
     x: torch.Tensor, values: torch.Tensor, index: torch.Tensor, dim: int, start: int
 ) -> torch.Tensor:
-    place = index - start
-    elsewhere = (place < 0) | (place >= x.shape[dim])
+    place, elsewhere = within(index, start, x.shape[dim])
     place.masked_fill_(elsewhere, 0)
     return x.scatter_add_(dim, place, values.masked_fill(elsewhere, 0))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import library
 
 _OURS: Any = library.Library("penstock", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -25,3 +26,10 @@ def define(
     _OURS.impl(name, function, "CompositeExplicitAutograd")
     if shapes is not None:
         _OURS.impl(name, shapes, "Meta")
+
+
+def within(index: torch.Tensor, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of a whole as those of its part [start, start + size), new memory; and a mask of the
+    places that are elsewhere."""
+    place = index - start
+    return place, (place < 0) | (place >= size)

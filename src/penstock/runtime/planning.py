@@ -65,14 +65,13 @@ def plan(
     options: dict[str, Any] = {
         "network": job.name, "pins": pins, "gap": gap, "time_limit_s": time_limit_s
     }  # fmt: skip
-    at = functools.cache(step.at)
     found, refused = None, None
     try:
-        found = plan_step(at(step.batch), where, batch=step.batch, at_batch=at, **options)
+        found = plan_step(step.graph, where, batch=step.batch, at_batch=step.at, **options)
     except NetworkError as error:
         refused = error
     if pipelines:
-        found = plan_pipeline(at, where, step.batch, beside=found, **options)
+        found = plan_pipeline(step.at, where, step.batch, beside=found, **options)
     if found is None:
         assert refused is not None
         raise refused
@@ -84,6 +83,10 @@ class _Step:
 
     Arguments:
         ranks: shards, where the job does not say how many.
+
+    Attributes:
+        batch: examples of a step.
+        at: the graph of a step of so many examples, captured once.
 
     Raises:
         JobError, NetworkError, DataError: see `plan`.
@@ -99,14 +102,14 @@ class _Step:
         said = {"shards", "workers"} & job.model_fields_set
         self.batch = job.batch_size * (job.shards if said else ranks) * job.accumulate
         self._job, self._network, self._first = job, _network(job), _first(job)
+        self.at = functools.cache(self._at)
 
-    @functools.cached_property
+    @property
     def graph(self) -> Graph:
         """Of the whole batch."""
         return self.at(self.batch)
 
-    def at(self, examples: int) -> Graph:
-        """Of so many examples."""
+    def _at(self, examples: int) -> Graph:
 
         def whole(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.new_empty((examples, *tensor.shape[1:]), device="meta")

@@ -138,7 +138,8 @@ def choose(
     counts = [(ranks, count) for ranks, count in counts if batch % count == 0]
     if not counts:
         return Choice(None)
-    promise = Promise(capture_at(batch), batch, cluster)
+    capture = functools.cache(capture_at)
+    promise = Promise(capture(batch), batch, cluster)
     # A stage is at least an operator.
     counts = [(ranks, count) for ranks, count in counts if ranks <= promise.places]
     pairs = [_pair(promise, cluster, ranks, count, chunks) for ranks, count in counts]
@@ -149,7 +150,6 @@ def choose(
     impossible = sum(pair.least_s >= below_s for pair in pairs)
     unlikely = len(pairs) - impossible - len(hopeful)
     hopeful = [pair for pair in hopeful if 2 * pair.ranks * pair.micro_batches <= MAX_TASKS]
-    capture = functools.cache(capture_at)
     found: list[tuple[_Pair, Candidate]] = []
     modelled, timed_out = 0, False
     for number, pair in enumerate(hopeful):

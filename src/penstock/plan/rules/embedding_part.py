@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from penstock.model.operators import define
+from penstock.model.operators import define, within
 
 
 def embedding_part(weight: torch.Tensor, indices: torch.Tensor, start: int) -> torch.Tensor:
@@ -24,8 +24,7 @@ def embedding_part(weight: torch.Tensor, indices: torch.Tensor, start: int) -> t
     Returns:
         (..., width); zeros for rows that are not here.
     """
-    place = indices - start
-    elsewhere = (place < 0) | (place >= weight.shape[0])
+    place, elsewhere = within(indices, start, weight.shape[0])
     found = torch.ops.aten.embedding.default(weight, place.masked_fill_(elsewhere, 0))
     return found.masked_fill_(elsewhere.unsqueeze(-1), 0)  # type: ignore[no-any-return]
 
@@ -43,8 +42,7 @@ def embedding_part_backward(
     Returns:
         (rows, width).
     """
-    place = indices - start
-    elsewhere = (place < 0) | (place >= rows)
+    place, elsewhere = within(indices, start, rows)
     if padding_index >= 0:
         elsewhere |= indices == padding_index
     # What is elsewhere is added to one row more, which is padding and thrown away.
