@@ -33,22 +33,21 @@ def test_tree_order_is_fixed() -> None:
 
 def summed(
     values: torch.Tensor, workers: int, buckets: list[tuple[int, int]]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    shards, length = values.shape
-    results: list[tuple[torch.Tensor, torch.Tensor]] = [None] * workers  # type: ignore[list-item]
+) -> list[torch.Tensor]:
+    shards = len(values)
+    results: list[torch.Tensor] = [None] * workers  # type: ignore[list-item]
 
     def work(group: Communicator) -> None:
         own = tree.assign(shards, workers)[group.rank]
-        sums = ShardSum(group, own, shards, length, values.dtype, torch.device("cpu"), buckets, 2)
+        sums = ShardSum(group, own, shards, values.dtype, torch.device("cpu"), buckets)
         for _ in range(2):  # a second round must not see anything of the first
             for i, shard in enumerate(own):
                 sums.row(i).copy_(values[shard])
-                sums.header[i] = torch.tensor([shard, -shard / 3])
                 sums.added(i)
             for b in range(len(buckets)):
                 sums.send(b)
             total = sums.finish()
-        results[group.rank] = (total.clone(), sums.headers.clone())
+        results[group.rank] = total.clone()
 
     ends = [Communicator(end, timeout_s=30.0) for end in loopback(workers)]
     threads = [threading.Thread(target=work, args=(t,)) for t in ends]
@@ -67,10 +66,8 @@ def test_same_bits_on_any_number_of_workers(shards: int, length: int, dtype: tor
     values = torch.randn(shards, length).mul_(10 ** torch.randn(shards, 1)).to(dtype)
     expected = tree.tree_sum(list(values))
     buckets = [(0, 32)] if length == 32 else [(0, 16), (16, 70_000), (70_000, length)]
-    expected_headers = torch.tensor([[s, -s / 3] for s in range(shards)], dtype=torch.float64)
     for workers in range(1, shards + 1):
-        for total, headers in summed(values, workers, buckets):
+        for total in summed(values, workers, buckets):
             assert torch.equal(total, expected)
-            assert torch.equal(headers.float(), expected_headers.float())
     if shards >= 3 and dtype != torch.float64:  # another order of sums has other bits
         assert not torch.equal(values.flip(0).cumsum(0)[-1], expected)

@@ -12,10 +12,14 @@ import torch
 
 from penstock.errors import Diverged
 from penstock.exchange.flat import Layout
+from penstock.exchange.group import Group
+from penstock.exchange.shard_sum import ShardSum
 
-EXAMPLES, LOSS, STOP, SAVE = range(4)
-HEADER_SIZE = 4
-"""What each shard says beside its tensors: examples, sum of their losses, two wishes."""
+HEADER_SIZE = 5
+"""What each shard says beside its tensors: its examples (in two digits, so that float32 sums them
+exactly), the sum of their losses, two wishes. It is summed with the tensors, in one collective."""
+_BASE = 4096.0
+_HOLD_HEADERS = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,40 @@ class Outcome:
     save: bool
 
     @classmethod
-    def of(cls, headers: torch.Tensor) -> Outcome:
-        """What all shards' headers, (shards, HEADER_SIZE), say together."""
-        total = headers.sum(0).tolist()
-        examples = int(total[EXAMPLES])
-        loss = total[LOSS] / examples if examples else math.nan
-        return cls(examples, loss, total[STOP] > 0, total[SAVE] > 0)
+    def of(cls, header: torch.Tensor) -> Outcome:
+        """What the sum of all shards' headers, (HEADER_SIZE,), says."""
+        thousands, ones, loss, stop, save = header.tolist()
+        examples = int(thousands * _BASE + ones)
+        return cls(examples, loss / examples if examples else math.nan, stop > 0, save > 0)
+
+
+def write_header(
+    into: torch.Tensor, examples: int, loss: float, *, stop: bool = False, save: bool = False
+) -> None:
+    """Fills a shard's header, (HEADER_SIZE,): examples, the sum of their losses, two wishes."""
+    thousands, ones = divmod(examples, _BASE)
+    words = (thousands, ones, loss, stop, save)
+    if into.is_cpu:
+        into.numpy()[:] = words  # a tenth of the time
+    else:
+        into.copy_(torch.tensor(words, dtype=into.dtype))
+
+
+def sums_of(
+    group: Group,
+    own: range,
+    shards: int,
+    flats: Sequence[tuple[torch.dtype, Sequence[tuple[int, int]]]],
+    device: torch.device,
+) -> list[ShardSum]:
+    """Sums of flat tensors, each given by its dtype and borders. The last one holds, behind its
+    tensors, the header; where no flat tensor can hold one, another is made."""
+    if not flats or flats[-1][0] not in _HOLD_HEADERS:
+        flats = [*flats, (torch.float64, [(0, 0)])]
+    dtype, borders = flats[-1]
+    start, stop = borders[-1]
+    flats = [*flats[:-1], (dtype, [*borders[:-1], (start, stop + HEADER_SIZE)])]
+    return [ShardSum(group, own, shards, dtype, device, borders) for dtype, borders in flats]
 
 
 @dataclass(frozen=True)
@@ -122,21 +154,16 @@ def gradient_views(
     return [by_name[p.dtype, str(number)] for number, p in enumerate(parameters)]
 
 
-def check_finite(
-    loss: float, flats: Sequence[torch.Tensor], parameters: dict[str, torch.Tensor], where: str
-) -> None:
+def check_finite(loss: float, gradients: dict[str, torch.Tensor], where: str) -> None:
     """Raises Diverged when the loss or a gradient is not finite, naming the first parameter.
 
     Arguments:
-        flats: all gradients of the shard.
-        parameters: each parameter's gradient by name, in order of registration.
+        gradients: of each parameter by name, in order of registration.
         where: names step and shard.
     """
-    if math.isfinite(loss) and all(math.isfinite(flat.sum().item()) for flat in flats):
-        return
-    bad = [name for name, grad in parameters.items() if not torch.isfinite(grad).all()]
+    bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
     if math.isfinite(loss) and not bad:
-        return  # a sum of finite gradients that overflowed
+        return
     gradient = (
         f"the first parameter whose gradient is not finite is {bad[0]}"
         if bad

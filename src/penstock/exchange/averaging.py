@@ -13,6 +13,7 @@ exchanges and SGD, with or without momentum, it equals all-reduce.)
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,9 @@ from typing import Any
 import torch
 
 from penstock.exchange import agreement
-from penstock.exchange.agreement import EXAMPLES, LOSS, SAVE, STOP, Clip, Outcome
+from penstock.exchange.agreement import HEADER_SIZE, Clip, Outcome
 from penstock.exchange.flat import Layout, by_dtype
 from penstock.exchange.group import Group
-from penstock.exchange.shard_sum import ShardSum
 
 VOTE_EVERY = 10
 """Steps between votes on stopping and saving, where exchanges are further apart."""
@@ -104,12 +104,11 @@ class AveragingAgreement:
         first = optimizer.state
         self._states: list[State] = [first] + [self._copied(first) for _ in own[1:]]
         self._place(0)
-        self._sums = [
-            self._sum(group, shards, layout.length, layout.dtype, device)
-            for layout in self._exchanged
-        ]
-        self._vote = self._sum(group, shards, 0, torch.float64, device)
-        self._seen = [[0, 0.0] for _ in own]  # examples and loss since the last exchange
+        flats = [(layout.dtype, [(0, layout.length)]) for layout in self._exchanged]
+        self._sums = agreement.sums_of(group, own, shards, flats, device)
+        (self._vote,) = agreement.sums_of(group, own, shards, [], device)
+        self._seen: list[tuple[int, float]] = [(0, 0.0)] * len(own)
+        """Examples and sum of losses of each own shard since the last exchange."""
         self._i, self._step_examples, self._step_loss = 0, 0, 0.0
         self.steps_apart = 0
         """Steps since the last exchange."""
@@ -155,10 +154,11 @@ class AveragingAgreement:
         if step % self._every == 0:
             return self._exchange(stop, save)
         if step % VOTE_EVERY == 0:
-            self._vote.header[:, STOP], self._vote.header[:, SAVE] = float(stop), float(save)
+            for i in range(len(self._own)):
+                agreement.write_header(self._vote.row(i), 0, 0.0, stop=stop, save=save)
+                self._vote.added(i)
             self._vote.send(0)
-            self._vote.finish()
-            return Outcome.of(self._vote.headers)
+            return Outcome.of(self._vote.finish())
         return None
 
     def conclude(self) -> Outcome | None:
@@ -169,11 +169,8 @@ class AveragingAgreement:
         if not self.steps_apart:
             yield
             return
-        self._bring()
-        for s in self._sums:
-            s.send(0)
-        totals = [s.finish() for s in self._sums]
-        examples = self._sums[0].headers[:, EXAMPLES].sum().item()
+        totals, outcome = self._sum_up(False, False)
+        examples = outcome.examples
         means = {
             (layout.dtype, slot.name): view.div(examples) if examples else None
             for layout, total in zip(self._exchanged, totals, strict=True)
@@ -201,8 +198,7 @@ class AveragingAgreement:
 
     def seen(self, i: int) -> tuple[int, float]:
         """Examples and sum of losses of the i-th own shard since the last exchange."""
-        examples, loss = self._seen[i]
-        return int(examples), loss
+        return self._seen[i]
 
     def state_of(self, i: int) -> State:
         """The i-th own shard's optimizer state."""
@@ -216,7 +212,8 @@ class AveragingAgreement:
             view.copy_(tensor)
         self._states[i].clear()
         self._states[i].update(state)
-        self._seen[i] = list(seen)
+        examples, loss = seen
+        self._seen[i] = (int(examples), float(loss))
 
     def _views_of_state(
         self, flats: Sequence[torch.Tensor]
@@ -229,25 +226,6 @@ class AveragingAgreement:
             for number, _, key in [slot.name.partition("/")]
             if key
         ]
-
-    def _sum(
-        self,
-        group: Group,
-        shards: int,
-        length: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> ShardSum:
-        return ShardSum(
-            group,
-            self._own,
-            shards,
-            length,
-            dtype,
-            device,
-            [(0, length)],
-            agreement.HEADER_SIZE,
-        )
 
     def _copied(self, state: State) -> State:
         copied: State = defaultdict(dict)
@@ -267,31 +245,40 @@ class AveragingAgreement:
             p.grad = view
 
     def _update(self) -> None:
-        agreement.check_finite(
-            self._step_loss,
-            self._gradients,
-            dict(zip(self._names, self.gradients(), strict=True)),
-            self._where(self._i),
-        )
+        finite = all(math.isfinite(flat.sum().item()) for flat in self._gradients)
+        if not (finite and math.isfinite(self._step_loss)):
+            agreement.check_finite(
+                self._step_loss,
+                dict(zip(self._names, self.gradients(), strict=True)),
+                self._where(self._i),
+            )
         agreement.clip_gradients(self._gradients, self._clip)
         self._point_at_gradients()
         self._optimizer.step()
-        self._seen[self._i][EXAMPLES] += self._step_examples
-        self._seen[self._i][LOSS] += self._step_loss
+        examples, loss = self._seen[self._i]
+        self._seen[self._i] = (examples + self._step_examples, loss + self._step_loss)
 
-    def _bring(self) -> None:
-        """Fills every own shard's rows with its weighted tensors."""
+    def _sum_up(self, stop: bool, save: bool) -> tuple[list[torch.Tensor], Outcome]:
+        """The sums over shards of their weighted tensors, by layout; and what all say."""
         for i in range(len(self._own)):
             examples, loss = self._seen[i]
             if examples:
                 self._lay_flat(i)
-            for flat, s in zip(self._flats[i], self._sums, strict=True):
+            for flat, s in zip(self._flats[i], self._sums, strict=False):
                 if examples:
-                    torch.mul(flat, examples, out=s.row(i))
+                    torch.mul(flat, examples, out=s.row(i)[: len(flat)])
                 else:
                     s.row(i).zero_()
-                s.header[i, EXAMPLES], s.header[i, LOSS] = examples, loss
+            header = self._sums[-1].row(i)[-HEADER_SIZE:]
+            agreement.write_header(header, examples, loss, stop=stop, save=save)
+            for s in self._sums:
                 s.added(i)
+        for s in self._sums:
+            s.send(0)
+        totals = [s.finish() for s in self._sums]
+        outcome = Outcome.of(totals[-1][-HEADER_SIZE:])
+        lengths = [layout.length for layout in self._exchanged]
+        return [total[:n] for total, n in zip(totals, lengths, strict=False)], outcome
 
     def _lay_flat(self, i: int) -> None:
         """The i-th own shard's state lies in its flat tensors, where optimizers then update it.
@@ -306,18 +293,13 @@ class AveragingAgreement:
                     self._states[i][p][key] = view
 
     def _exchange(self, stop: bool, save: bool) -> Outcome:
-        self._bring()
-        for s in self._sums:
-            s.header[:, STOP], s.header[:, SAVE] = float(stop), float(save)
-            s.send(0)
-        totals = [s.finish() for s in self._sums]
-        outcome = Outcome.of(self._sums[0].headers)
+        totals, outcome = self._sum_up(stop, save)
         if outcome.examples:
             for i in range(len(self._own)):
                 for flat, total in zip(self._flats[i], totals, strict=True):
                     torch.div(total, outcome.examples, out=flat)
                 self._adopt_state(i)
-        self._seen = [[0, 0.0] for _ in self._own]
+        self._seen = [(0, 0.0)] * len(self._own)
         self.steps_apart = 0
         return outcome
 

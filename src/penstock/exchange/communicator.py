@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -92,8 +92,23 @@ class Communicator:
             _put_back(tensor, flat)
 
         shared = self._transport.holds(flat)
-        kind = "all_reduce in shared memory" if shared else "all_reduce"
-        return self._issue(_named(kind, tensor, reduction.op), run, sync)
+        return self._issue(self._all_reduce_of(tensor, reduction, shared), run, sync)
+
+    def repeated_all_reduce(
+        self, tensor: torch.Tensor, reduction: Reduction | Total = SUM
+    ) -> Callable[[bool], Work]:
+        """What reduces this tensor, (n,), contiguous, whenever it is called (with `sync`), as
+        `all_reduce` would: for who does so again and again."""
+        reduction.check(tensor.dtype)
+        shared, ready = self._transport.holds(tensor), None
+
+        def run(call: Call) -> None:
+            nonlocal ready
+            if ready is None:
+                ready = collectives.repeated_all_reduce(call, tensor, reduction, shared)
+            ready(call)
+
+        return partial(self._issue, self._all_reduce_of(tensor, reduction, shared), run)
 
     def reduce(
         self, tensor: torch.Tensor, reduction: Reduction, root: int, *, sync: bool = False
@@ -279,6 +294,12 @@ class Communicator:
         if self._mailbox is not None:
             self._mailbox.close()
         self._transport.close()
+
+    def _all_reduce_of(
+        self, tensor: torch.Tensor, reduction: Reduction | Total, shared: bool
+    ) -> Operation:
+        kind = "all_reduce in shared memory" if shared else "all_reduce"
+        return _named(kind, tensor, reduction.op)
 
     def _issue(
         self, operation: Operation, run: Run, sync: bool, timeout_s: float | None = None

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 
 from penstock.exchange import agreement
-from penstock.exchange.agreement import EXAMPLES, LOSS, SAVE, STOP, Clip, Outcome
+from penstock.exchange.agreement import HEADER_SIZE, Clip, Outcome
 from penstock.exchange.flat import Layout, by_dtype
 from penstock.exchange.group import Group
 from penstock.exchange.shard_sum import ShardSum
@@ -66,53 +66,60 @@ class GradientAgreement:
             for layout in self._layouts
         }
         device = self._parameters[0].device
-        self._sums = [
-            ShardSum(
-                group,
-                own,
-                shards,
-                layout.length,
-                layout.dtype,
-                device,
-                [(b[0], b[1]) for b in self._borders[str(layout.dtype)]],
-                agreement.HEADER_SIZE,
-            )
-            for layout in self._layouts
-        ]
+        borders_of = [self._borders[str(layout.dtype)] for layout in self._layouts]
+        self._sums = agreement.sums_of(
+            group,
+            own,
+            shards,
+            [
+                (layout.dtype, [(b[0], b[1]) for b in borders])
+                for layout, borders in zip(self._layouts, borders_of, strict=True)
+            ],
+            device,
+        )
         self._views = [
             agreement.gradient_views(self._parameters, self._layouts, flats)
-            for flats in zip(*(s.rows for s in self._sums), strict=True)
+            for flats in zip(*(s.rows for s in self._sums[: len(self._layouts)]), strict=True)
         ]
-        self._buckets = [
-            (layout, s, index, start, stop)
-            for layout, s in zip(self._layouts, self._sums, strict=True)
-            for index, (start, stop) in enumerate(self._borders[str(layout.dtype)])
+        self._totals = [
+            s.rows[0][: layout.length] for layout, s in zip(self._layouts, self._sums, strict=False)
         ]
-        self._bucket_of = self._find_buckets()
-        self._missing = [0] * len(self._buckets)
+        self._headers = [self._sums[-1].row(i)[-HEADER_SIZE:] for i in range(len(own))]
+        self._total_header = self._sums[-1].rows[0][-HEADER_SIZE:]
+        self._buckets: list[tuple[ShardSum, int, list[torch.Tensor]]] = [
+            (s, index, [row[start:stop] for row in s.rows])
+            for s, borders in zip(self._sums, borders_of, strict=False)
+            for index, (start, stop) in enumerate(borders)
+        ]
+        """Sum, number in it, and by row the gradients in it. The last is sent by `commit`."""
+        if len(self._sums) > len(self._layouts):
+            self._buckets.append((self._sums[-1], 0, [row[:0] for row in self._sums[-1].rows]))
+        self._bucket_of = self._find_buckets(borders_of)
+        self._counts = [self._bucket_of.count(b) for b in range(len(self._buckets))]
+        self._missing = self._counts
         self._sent, self._armed = 0, False
         self._checks_ahead = device.type == "cpu"  # a GPU would have to be waited for
-        self._i, self._examples, self._loss = 0, 0, 0.0
+        self._i, self._row, self._examples, self._loss = 0, 0, 0, 0.0
         for number, parameter in enumerate(self._parameters):
-            parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
+            if self._bucket_of[number] + 1 < len(self._buckets):
+                parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
 
     def borders(self) -> dict[str, list[list[int]]]:
         return self._borders
 
     def activate(self, i: int) -> None:
-        self._i, self._examples, self._loss, self._sent = i, 0, 0.0, 0
+        self._i, self._row = i, self._sums[0].row_index(i)
+        self._examples, self._loss, self._sent = 0, 0.0, 0
         for s in self._sums:
             s.row(i).zero_()
 
     def backward(self, loss: torch.Tensor, examples: int, last: bool) -> None:
         self._examples += examples
-        self._armed = last and self._i + 1 == len(self._own)
+        self._armed = last and self._i + 1 == len(self._own) and len(self._buckets) > 1
         if self._armed:
-            self._missing = [0] * len(self._buckets)
-            for bucket in self._bucket_of:
-                self._missing[bucket] += 1
+            self._missing = self._counts.copy()
         # Hidden until the update: a loop's zero_grad can neither take nor clear them.
-        self._point_at(self._sums[0].row_index(self._i))
+        self._point_at(self._row)
         (loss * examples).backward()  # type: ignore[no-untyped-call]
         agreement.hide_gradients(self._parameters)
         self._loss += loss.item() * examples
@@ -123,16 +130,19 @@ class GradientAgreement:
         self._end_shard()
 
     def commit(self, step: int, *, stop: bool = False, save: bool = False) -> Outcome | None:
-        last = self._sums[-1]
-        last.header[:, STOP], last.header[:, SAVE] = float(stop), float(save)
+        if stop or save:
+            agreement.write_header(
+                self._headers[-1], self._examples, self._loss, stop=stop, save=save
+            )
         self._send(len(self._buckets))
-        totals = [s.finish() for s in self._sums]
-        outcome = Outcome.of(last.headers)
+        for s in self._sums:
+            s.finish()
+        outcome = Outcome.of(self._total_header)
         if outcome.examples:
-            for total in totals:
+            for total in self._totals:
                 total.div_(outcome.examples)
             self._point_at(0)
-            agreement.clip_gradients(totals, self._clip)
+            agreement.clip_gradients(self._totals, self._clip)
             self._optimizer.step()
         return outcome
 
@@ -160,13 +170,14 @@ class GradientAgreement:
         for parameter, view in zip(self._parameters, self._views[row], strict=True):
             parameter.grad = view
 
-    def _find_buckets(self) -> list[int]:
+    def _find_buckets(self, borders_of: Sequence[list[list[int]]]) -> list[int]:
         """The bucket of each parameter."""
-        found = [0] * len(self._parameters)
-        for index, (layout, _, _, start, stop) in enumerate(self._buckets):
+        found, before = [0] * len(self._parameters), 0
+        for layout, borders in zip(self._layouts, borders_of, strict=True):
             for slot in layout.slots:
-                if start <= slot.start < stop or (slot.start == slot.stop == stop):
-                    found[int(slot.name)] = index
+                at = (b for b, (_, stop) in enumerate(borders) if slot.start < stop)
+                found[int(slot.name)] = before + next(at, len(borders) - 1)
+            before += len(borders)
         return found
 
     def _hook(self, number: int) -> Callable[[torch.Tensor], None]:
@@ -186,8 +197,7 @@ class GradientAgreement:
         The last one waits for the check of the loss: without it, nobody commits the step. Nor does
         what is not finite leave: sums come back in place, and would seem to be everyone's fault.
         """
-        until = min(self._ready(), len(self._buckets) - 1)
-        while self._sent < until:
+        while self._sent + 1 < len(self._buckets) and not self._missing[self._sent]:
             if self._checks_ahead and not math.isfinite(self._mine(self._sent).sum().item()):
                 self._armed = False
                 return
@@ -195,36 +205,25 @@ class GradientAgreement:
 
     def _mine(self, bucket: int) -> torch.Tensor:
         """The active shard's gradients in a bucket."""
-        _, s, _, start, stop = self._buckets[bucket]
-        return s.rows[s.row_index(self._i)][start:stop]
-
-    def _ready(self) -> int:
-        """How many buckets, in order, have all their gradients."""
-        count = self._sent
-        while count < len(self._buckets) and self._missing[count] == 0:
-            count += 1
-        return count
+        return self._buckets[bucket][2][self._row]
 
     def _send(self, until: int) -> None:
         while self._sent < until:
-            _, s, index, _, _ = self._buckets[self._sent]
+            s, index, _ = self._buckets[self._sent]
             s.send(index)
             self._sent += 1
 
     def _end_shard(self) -> None:
         if self._examples:
-            row = self._sums[0].row_index(self._i)
-            agreement.check_finite(
-                self._loss,
-                [
-                    self._mine(bucket)
-                    for bucket in range(self._sent if self._checks_ahead else 0, len(self._buckets))
-                ],
-                dict(zip(self._names, self._views[row], strict=True)),
-                self._where(self._i),
-            )
+            unsent = range(self._sent if self._checks_ahead else 0, len(self._buckets))
+            finite = all(math.isfinite(self._mine(b).sum().item()) for b in unsent)
+            if not (finite and math.isfinite(self._loss)):
+                agreement.check_finite(
+                    self._loss,
+                    dict(zip(self._names, self._views[self._row], strict=True)),
+                    self._where(self._i),
+                )
+        agreement.write_header(self._headers[self._i], self._examples, self._loss)
         for s in self._sums:
-            s.header[self._i, EXAMPLES] = self._examples
-            s.header[self._i, LOSS] = self._loss
             s.added(self._i)
         self._armed = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -32,6 +33,12 @@ class Group(Protocol):
         self, tensor: torch.Tensor, reduction: Reduction | Total, *, sync: bool = False
     ) -> Work:
         """Starts combining the tensors of all, in place: the same bits on all."""
+        ...
+
+    def repeated_all_reduce(
+        self, tensor: torch.Tensor, reduction: Reduction | Total
+    ) -> Callable[[bool], Work]:
+        """What starts `all_reduce` of this one tensor, (n,), whenever it is called with `sync`."""
         ...
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, sync: bool = False) -> Work:

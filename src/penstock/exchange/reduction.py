@@ -7,9 +7,9 @@ together. Half precision is combined in float32 and rounded once, at the end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,6 +48,10 @@ class Combine(Protocol):
 
     def combine(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None: ...
 
+    def ready(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> Callable[[], None]:
+        """What combines these tensors, now and whenever there is something new in them."""
+        ...
+
     def grouped(
         self, groups: Sequence[Sequence[int]], dtype: torch.dtype
     ) -> tuple[list[Combine], Combine] | None:
@@ -71,17 +75,22 @@ class _Ordered:
     divisor: int = 1
 
     def combine(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        self.ready(parts, out)()
+
+    def ready(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> Callable[[], None]:
         if isinstance(self.order, int):
-            copy(parts[self.order], out)
-            return
+            return partial(copy, parts[self.order], out)
         length, step = len(out), _at_once(out)
         function, pieces, piece = self.operator.ready(parts, out)
         if length <= step or (len(parts) == 2 and many_at_once(out.dtype)):  # nothing is kept
-            self._combine(function, pieces, piece)
-            return
-        for start in range(0, length, step):
-            stop = start + step
-            self._combine(function, [each[start:stop] for each in pieces], piece[start:stop])
+            return partial(self._combine, function, pieces, piece)
+
+        def by_pieces() -> None:
+            for start in range(0, length, step):
+                stop = start + step
+                self._combine(function, [each[start:stop] for each in pieces], piece[start:stop])
+
+        return by_pieces
 
     def _combine(self, function: Function, parts: Sequence[Any], out: Any) -> None:
         _fold(function, self.order, parts, out)
@@ -145,6 +154,10 @@ class Reduction:
             wide = [part[start : start + step].float() for part in parts]
             ordered.combine(wide, wide[0])
             out[start : start + step].copy_(wide[0])
+
+    def ready(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> Callable[[], None]:
+        """As `Combine.ready`."""
+        return partial(self.combine, parts, out)
 
     def grouped(
         self, groups: Sequence[Sequence[int]], dtype: torch.dtype

@@ -3,7 +3,7 @@
 A worker fills one row per shard it carries and adds its own rows up to the largest subtrees it
 holds (see `tree`). The subtrees' sums are then combined with those of the other workers, along the
 rest of the tree: the same numbers in the same order, whoever holds them, so the sum has the same
-bits. A few float64 numbers per shard (the header) follow the last bucket.
+bits.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ class ShardSum:
 
     Arguments:
         own: the shards of this worker, out of `shards`, as `tree.assign` gives them.
-        length, dtype, device: of the flat tensor.
+        dtype, device: of the flat tensor.
         buckets: borders (start, stop) that cover [0, length) in order.
-        header_size: float64 numbers that each shard adds to `header`.
     """
 
     def __init__(
@@ -35,16 +34,13 @@ class ShardSum:
         group: Group,
         own: range,
         shards: int,
-        length: int,
         dtype: torch.dtype,
         device: torch.device,
         buckets: Sequence[tuple[int, int]],
-        header_size: int,
     ) -> None:
         self._group, self._own = group, own
-        self._buckets, self._length = tuple(buckets), length
-        self._owners = tree.assign(shards, group.world_size)
-        covers = [tree.cover(shards_of, shards) for shards_of in self._owners]
+        self._buckets, self._length = tuple(buckets), buckets[-1][1]
+        covers = [tree.cover(of, shards) for of in tree.assign(shards, group.world_size)]
         self._most = max(len(cover) for cover in covers)
         nodes, number = [node for cover in covers for node in cover], len(self._buckets)
         # Each bucket is named in errors and in traces.
@@ -61,26 +57,21 @@ class ShardSum:
             self._row_of.append(depth)
             depth += 1 - additions
         rows = max(max(self._row_of) + 1, self._most)
-        num_bytes = rows * length * dtype.itemsize
+        num_bytes = rows * self._length * dtype.itemsize
         if device.type == "cpu" and group.world_size > 1:
             memory = group.allocate(num_bytes)
         else:
             memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._rows = memory.view(dtype).view(rows, length)
-        slots = max(len(shards_of) for shards_of in self._owners)
-        self._header = torch.zeros(slots, header_size, dtype=torch.float64, device=device)
-        self._headers = self._header.new_zeros(group.world_size, slots, header_size)
-        self.header = self._header[: len(own)]
-        """(own shards, header_size) float64: to be filled before the last bucket is sent."""
-        self.headers = self._header.new_zeros(shards, header_size)
-        """(shards, header_size) float64: everyone's headers after `finish`."""
+        self._matrix = memory.view(dtype).view(rows, self._length)
+        self.rows: list[torch.Tensor] = list(self._matrix)
+        """The flat tensors that `row` hands out, each (length,)."""
+        self._parts = [self.rows[0][start:stop] for start, stop in self._buckets]
+        self._reduce = [
+            group.repeated_all_reduce(part, total)
+            for part, total in zip(self._parts, self._totals, strict=True)
+        ]
         self._under_way: list[Work] = []
         self._gathered: list[tuple[int, Work, torch.Tensor]] = []
-
-    @property
-    def rows(self) -> list[torch.Tensor]:
-        """The flat tensors that `row` hands out, each (length,)."""
-        return list(self._rows)
 
     def row_index(self, i: int) -> int:
         """Which of `rows` the i-th own shard fills."""
@@ -88,7 +79,7 @@ class ShardSum:
 
     def row(self, i: int) -> torch.Tensor:
         """What the i-th own shard fills: (length,)."""
-        return self._rows[self._row_of[i]]
+        return self.rows[self._row_of[i]]
 
     def added(self, i: int) -> None:
         """The i-th own shard's row is full. For the last one this waits for `send`."""
@@ -103,37 +94,27 @@ class ShardSum:
             return
         last = bucket + 1 == len(self._buckets)  # and so waited for at once
         if self._most == 1:
-            part = self._rows[0, start:stop]
-            self._under_way.append(self._group.all_reduce(part, self._totals[bucket], sync=last))
+            self._under_way.append(self._reduce[bucket](last))
         else:
-            given = self._rows[: self._most, start:stop].contiguous()
+            given = self._matrix[: self._most, start:stop].contiguous()
             output = given.new_empty(self._group.world_size, *given.shape)
             work = self._group.all_gather(output, given, sync=last)
             self._gathered.append((bucket, work, output))
-        if last:
-            headers = self._group.all_gather(self._headers, self._header, sync=True)
-            self._under_way.append(headers)
 
     def finish(self) -> torch.Tensor:
-        """Waits for all buckets; returns the sum, (length,), valid until `row(0)` is filled."""
-        if self._group.world_size == 1:
-            self.headers.copy_(self.header)
-            return self._rows[0]
+        """Waits for all buckets; returns the sum, (length,), valid until `row(0)` is filled: the
+        first of `rows`, always."""
         for bucket, work, output in self._gathered:
             work.wait()
-            parts, (start, stop) = output.flatten(0, 1), self._buckets[bucket]
-            here = self._rows[0, start:stop]
-            self._totals[bucket].combine([parts[at] for at in self._places], here)
+            parts = output.flatten(0, 1)
+            self._totals[bucket].combine([parts[at] for at in self._places], self._parts[bucket])
         for work in self._under_way:
             work.wait()
         self._gathered.clear()
         self._under_way.clear()
-        for rank, shards_of in enumerate(self._owners):
-            own = self._headers[rank, : len(shards_of)]
-            self.headers[shards_of.start : shards_of.stop] = own
-        return self._rows[0]
+        return self.rows[0]
 
     def _merge(self, i: int, start: int, stop: int) -> None:
         top = self._row_of[i]
         for lower in range(top - 1, top - 1 - self._additions[i], -1):
-            self._rows[lower, start:stop].add_(self._rows[lower + 1, start:stop])
+            self.rows[lower][start:stop].add_(self.rows[lower + 1][start:stop])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,6 +61,11 @@ class TorchGroup:
             return _Scattered(self, tensor, reduction)
         gathered = tensor.new_empty(self.world_size, len(tensor))
         return _Gathered(self.all_gather(gathered, tensor), gathered, tensor, reduction)
+
+    def repeated_all_reduce(
+        self, tensor: torch.Tensor, reduction: Reduction | Total
+    ) -> Callable[[bool], Work]:
+        return lambda sync: self.all_reduce(tensor, reduction, sync=sync)
 
     def all_gather(
         self, output: torch.Tensor, input: torch.Tensor, *, sync: bool = False

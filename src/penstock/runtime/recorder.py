@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from penstock.exchange.agreement import Outcome
+from penstock.exchange.agreement import Agreement, Outcome
 from penstock.watch import EventWriter
 
 FOLDER = "events"
@@ -50,9 +50,8 @@ class Recorder:
         step: int,
         outcome: Outcome | None,
         learning_rates: Sequence[float],
-        names: Sequence[str],
-        parameters: Sequence[torch.Tensor],
-        gradients: Sequence[torch.Tensor],
+        trained: Sequence[tuple[str, torch.nn.Parameter]],
+        agreement: Agreement,
     ) -> None:
         """Writes what a step showed."""
         if outcome is not None and outcome.examples:
@@ -66,8 +65,9 @@ class Recorder:
                     values[f"learning_rate/{group}" if group else "learning_rate"] = rate
                 self._writer.scalars(step, values)
         if self._before is not None:
-            for name, old, new, gradient in zip(
-                names, self._before, parameters, gradients, strict=True
+            parameters, gradients = agreement.parameters_of(0), agreement.gradients()
+            for (name, _), old, new, gradient in zip(
+                trained, self._before, parameters, gradients, strict=True
             ):
                 update = new.detach() - old
                 self._writer.histogram(step, f"weights/{name}", new.detach())

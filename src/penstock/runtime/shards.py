@@ -186,7 +186,7 @@ def merged_buffers(
     for dtype, tensors in by_dtype(floating).items():
         layout = Layout.of(tensors, dtype)
         device = tensors[0][1].device
-        sums = ShardSum(group, own, shards, layout.length, dtype, device, [(0, layout.length)], 1)
+        sums = ShardSum(group, own, shards, dtype, device, [(0, layout.length)])
         for i in range(len(own)):
             mine = buffers.of(i)
             sums.row(i).zero_()

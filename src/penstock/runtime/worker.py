@@ -37,6 +37,7 @@ from penstock.runtime import saving
 from penstock.runtime.batches import Batch, Cursor, Feed
 from penstock.runtime.checkpoint import Checkpoint, prune
 from penstock.runtime.evaluation import Evaluation
+from penstock.runtime.fused import fuse
 from penstock.runtime.recorder import Recorder
 from penstock.runtime.saving import Prepared, Progress
 from penstock.runtime.scoring import score
@@ -204,6 +205,7 @@ class Worker:
                 f"the optimizer does not have parameter {missing[0]}",
                 hint="freeze it (requires_grad_(False)) or give the optimizer all parameters",
             )
+        fuse(made)
         self._prepared = Prepared(
             module,
             trained,
@@ -604,9 +606,8 @@ class Worker:
             self.global_step,
             outcome,
             rates,
-            [name for name, _ in prepared.trained],
-            prepared.agreement.parameters_of(0),
-            prepared.agreement.gradients(),
+            prepared.trained,
+            prepared.agreement,
         )
         now = time.perf_counter()
         if now - self._shown_at > PROGRESS_EVERY_S:
