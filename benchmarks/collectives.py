@@ -57,6 +57,7 @@ import torch.distributed as dist
 from penstock import AllReduce
 from penstock.exchange.agreement import Clip
 from penstock.exchange.gradients import GradientAgreement
+from penstock.exchange.into_forward import watch
 from penstock.testing.hosts import Hosts, hosts, unavailable
 
 TURN_S = 0.2
@@ -180,7 +181,7 @@ class Training:
         layers = [torch.nn.Linear(2048, 2048) for _ in range(5)]
         self.network: torch.nn.Module = TRAINERS[name](torch.nn.Sequential(*layers))
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-3)
-        self.agreement = self.agree() if name == "AllReduce" else None
+        self.agreement = self.agree("into" in name) if name.startswith("AllReduce") else None
         torch.manual_seed(place()[0])
         self.x, self.y = torch.randn(2, 8, 2048)
 
@@ -201,20 +202,23 @@ class Training:
             else:
                 self.agreement.backward(loss, len(self.x), True)
                 self.agreement.commit(1)
+        if self.agreement is not None:
+            self.agreement.settle()
         seconds = time.perf_counter() - began
         digest = hashlib.blake2b()
         for param in self.network.parameters():
             digest.update(param.detach().numpy().tobytes())
         return {"seconds": seconds, "digest": digest.hexdigest()}
 
-    def agree(self) -> GradientAgreement:
+    def agree(self, goes_on: bool) -> GradientAgreement:
         """Penstock's own exchange of gradients, one shard on each rank."""
         initialize("penstock")
         group: Any = dist.group.WORLD
         rank, world_size = place()
-        return GradientAgreement(
+        parameters = list(self.network.named_parameters())
+        agreement = GradientAgreement(
             group.communicator,
-            list(self.network.named_parameters()),
+            parameters,
             self.optimizer,
             range(rank, rank + 1),
             world_size,
@@ -222,7 +226,11 @@ class Training:
             borders=None,
             clip=Clip(),
             where=lambda shard: f"shard {shard}",
+            into_forward=goes_on,
         )
+        if goes_on:
+            watch(self.network, [p for _, p in parameters], agreement.settle)
+        return agreement
 
 
 def ddp(backend: str, network: torch.nn.Module) -> torch.nn.Module:
@@ -235,6 +243,7 @@ TRAINERS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
     "ddp on gloo": functools.partial(ddp, "gloo"),
     "ddp on penstock": functools.partial(ddp, "penstock"),
     "AllReduce": lambda network: network,
+    "AllReduce into forward": lambda network: network,
 }
 
 

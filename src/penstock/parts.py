@@ -78,10 +78,14 @@ class AllReduce(Section):
 
     Arguments:
         bucket_bytes: of gradient that are sent together, while backward goes on.
+        into_forward: whether sending goes on into the next step's forward, first layers first, and
+            each layer is updated as it is needed; null: where workers are on several hosts, and
+            network and optimizer allow it. The result is the same, to the bit.
     """
 
     path: ClassVar[Key] = ("strategy", "allreduce")
     bucket_bytes: Count = 4 * 2**20
+    into_forward: bool | None = None
 
 
 class Averaging(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ from penstock.exchange.agreement import Clip, Outcome
 from penstock.exchange.averaging import AveragingAgreement
 from penstock.exchange.gradients import GradientAgreement
 from penstock.exchange.group import Group
+from penstock.exchange.into_forward import obstacle, watch
 from penstock.exchange.shard_sum import ShardSum
 from penstock.testing import assert_close, assert_same_bits
 from penstock.testing.group import in_threads
@@ -55,6 +57,8 @@ def agreement_on(
     average_state: bool = True,
     bucket_bytes: int = 1,
     clip: Clip | None = None,
+    into_forward: bool = False,
+    watched: bool = True,
 ) -> Agreement:
     """`Averaging` with `every`, else `AllReduce`; a bucket for each parameter by default."""
     own = tree.assign(SHARDS, group.world_size)[group.rank]
@@ -70,7 +74,12 @@ def agreement_on(
         "where": lambda i: f"shard {own[i]} on rank {group.rank}",
     }
     if every is None:
-        return GradientAgreement(*arguments, bucket_bytes=bucket_bytes, borders=None, **more)
+        agreement = GradientAgreement(
+            *arguments, bucket_bytes=bucket_bytes, borders=None, into_forward=into_forward, **more
+        )
+        if into_forward and watched:
+            watch(network, [p for p in network.parameters() if p.requires_grad], agreement.settle)
+        return agreement
     return AveragingAgreement(*arguments, every=every, average_state=average_state, **more)
 
 
@@ -101,6 +110,7 @@ def train(
                     if not parts:
                         agreement.skip()
                 rank.outcomes.append(agreement.commit(step, stop=step == group.rank + 2))
+            agreement.settle()
         except (Diverged, TransportError) as error:
             rank.error = error
         return rank
@@ -282,9 +292,9 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     send = ShardSum.send
 
-    def spied(self: ShardSum, bucket: int) -> None:
+    def spied(self: ShardSum, bucket: int, *, sync: bool = False) -> None:
         found.append(bucket)
-        send(self, bucket)
+        send(self, bucket, sync=sync)
 
     monkeypatch.setattr(ShardSum, "send", spied)
     return found
@@ -509,3 +519,131 @@ def test_gradients_are_clipped_over_all_parameters(
     optimizer = partial(torch.optim.SGD, lr=1.0)
     for rank in train(Two(), losses, 2, steps=1, optimizer=optimizer, every=every, clip=clip):
         assert [-p.item() for p in rank.parameters.values()] == pytest.approx(wanted, rel=1e-5)
+
+
+class Recurrent(nn.Module):
+    """Keeps its parameters in a list of its own as well; the last layer uses the first's weight,
+    without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(4, 4, dtype=torch.float64)
+        self.lstm = nn.LSTM(4, 4, dtype=torch.float64)
+        self.scale = nn.ParameterList([torch.ones(4, dtype=torch.float64)])
+
+    def losses(self, step: int, shard: int) -> list[tuple[torch.Tensor, int]]:
+        x = self.lstm(numbers(step, shard))[0] * self.scale[0]
+        x = nn.functional.linear(x, self.embed.weight, self.embed.bias)
+        return [(self.embed(x).square().mean(), 6)]
+
+
+OPTIMIZERS = {
+    "sgd": SGD,
+    "adamw": partial(torch.optim.AdamW, lr=0.1, amsgrad=True),
+    "adagrad, fused": partial(torch.optim.Adagrad, lr=0.1, fused=True),
+    "rmsprop": partial(torch.optim.RMSprop, lr=0.1, momentum=0.5),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("kind", [*NETWORKS, Recurrent])
+def test_an_exchange_that_goes_on_into_forward_changes_no_bit(
+    kind: Callable[[], nn.Module], name: str
+) -> None:
+    if kind is Mixed and "fused" in name:
+        pytest.skip("its step counts would be of two dtypes")
+    template, optimizer = kind(), OPTIMIZERS[name]
+    options: Any = {"steps": 6, "optimizer": optimizer, "clip": Clip(value=0.05)}
+    (alone,) = train(template, losses_of, 1, **options)
+    for workers in (1, 2, 3):
+        for rank in train(template, losses_of, workers, into_forward=True, **options):
+            assert rank.error is None
+            assert_same_bits(rank.parameters, alone.parameters)
+            assert_same_bits(state(rank), state(alone))
+            assert rank.outcomes[-1] == alone.outcomes[-1]
+
+
+def state(rank: Rank) -> dict[str, torch.Tensor]:
+    states = rank.optimizer.state_dict()["state"]
+    return {f"{n}/{k}": v for n, each in states.items() for k, v in each.items() if v is not None}
+
+
+class OneLayer(nn.Linear):
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(4, 2, dtype=torch.float64)
+
+    def losses(self, step: int, shard: int) -> list[tuple[torch.Tensor, int]]:
+        return [(self(numbers(step, shard)).square().mean(), 6)]
+
+
+def test_unwatched_parameters_are_read_before_they_are_updated() -> None:
+    """The negative control of the test above. Of most, autograd notices it."""
+    options: Any = {"steps": 4, "into_forward": True, "watched": False}
+    for kind in (Branches, Recurrent):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            train(kind(), losses_of, 1, **options)
+    (alone,) = train(OneLayer(), losses_of, 1, steps=4)
+    (watched,) = train(OneLayer(), losses_of, 1, steps=4, into_forward=True)
+    assert_same_bits(watched.parameters, alone.parameters)
+    (unwatched,) = train(OneLayer(), losses_of, 1, **options)
+    with pytest.raises(AssertionError):
+        assert_same_bits(unwatched.parameters, alone.parameters)
+
+
+def test_only_what_is_read_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Layers([])
+    finished: list[int] = []
+    finish = ShardSum.finish
+
+    def spied(self: ShardSum, bucket: int) -> None:
+        finished.append(bucket)
+        finish(self, bucket)
+
+    monkeypatch.setattr(ShardSum, "finish", spied)
+
+    def make(group: Group) -> Agreement:
+        return agreement_on(group, network, SGD(network.parameters()), into_forward=True)
+
+    (agreement,) = in_threads(1, make)
+    for i in range(SHARDS):
+        agreement.activate(i)
+        agreement.backward(network.loss(), 6, True)
+    agreement.commit(1)
+    assert finished == [5]  # the first layer's weight, which backward comes to last
+    network.layers[1].weight.sum()
+    assert finished == [5, 3]
+    network.layers[0](numbers(1))
+    assert finished == [5, 3, 4]
+    network.layers.state_dict()
+    assert sorted(finished) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
+def test_a_copy_of_a_watched_network_is_an_ordinary_one(copied: Callable[[Any], Any]) -> None:
+    asked: list[nn.Parameter] = []
+    network = OneLayer()
+    watch(network, list(network.parameters()), asked.append)
+    other = copied(network)
+    assert {id(p) for p in asked} == {id(network.weight), id(network.bias)}
+    asked.clear()
+    assert type(other._parameters) is dict
+    other(numbers(1))
+    assert not asked
+    assert_same_bits(other.state_dict(), network.state_dict())
+    assert asked
+
+
+OBSTACLES: dict[str, Callable[[nn.Module], tuple[nn.Module, torch.optim.Optimizer, Clip]]] = {
+    "norm": lambda n: (n, SGD(n.parameters()), Clip(norm=1.0)),
+    "LBFGS": lambda n: (n, torch.optim.LBFGS(n.parameters()), Clip()),
+    "lr is a tensor": lambda n: (n, SGD(n.parameters(), lr=torch.tensor(0.1)), Clip()),
+    "compiled": lambda n: (torch.jit.script(n), SGD(n.parameters()), Clip()),
+}
+
+
+@pytest.mark.parametrize("words", OBSTACLES)
+def test_what_cannot_be_updated_one_by_one_is_not(words: str) -> None:
+    assert words in str(obstacle(*OBSTACLES[words](nn.Linear(2, 2))))
+    assert obstacle(nn.Linear(2, 2), SGD(nn.Linear(2, 2).parameters()), Clip(value=1.0)) is None

@@ -34,7 +34,7 @@ def test_tree_order_is_fixed() -> None:
 def summed(
     values: torch.Tensor, workers: int, buckets: list[tuple[int, int]]
 ) -> list[torch.Tensor]:
-    shards = len(values)
+    shards, order = len(values), list(range(len(buckets)))[::-1]
     results: list[torch.Tensor] = [None] * workers  # type: ignore[list-item]
 
     def work(group: Communicator) -> None:
@@ -44,9 +44,11 @@ def summed(
             for i, shard in enumerate(own):
                 sums.row(i).copy_(values[shard])
                 sums.added(i)
-            for b in range(len(buckets)):
+            for b in order:
                 sums.send(b)
-            total = sums.finish()
+            for b in range(len(buckets)):
+                sums.finish(b)
+            total = sums.rows[0]
         results[group.rank] = total.clone()
 
     ends = [Communicator(end, timeout_s=30.0) for end in loopback(workers)]

@@ -118,6 +118,10 @@ class Agreement(Protocol):
         """One more exchange where shards stand apart; None where they agree."""
         ...
 
+    def settle(self, parameter: torch.nn.Parameter | None = None) -> None:
+        """Waits until a parameter, or each of them, is as the last step has left it."""
+        ...
+
     def merged(self) -> AbstractContextManager[None]:
         """While in it, the network's parameters are all shards' (weighted) mean. Collective."""
         ...

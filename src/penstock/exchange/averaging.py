@@ -157,12 +157,14 @@ class AveragingAgreement:
             for i in range(len(self._own)):
                 agreement.write_header(self._vote.row(i), 0, 0.0, stop=stop, save=save)
                 self._vote.added(i)
-            self._vote.send(0)
-            return Outcome.of(self._vote.finish())
+            return Outcome.of(self._vote.total())
         return None
 
     def conclude(self) -> Outcome | None:
         return self._exchange(False, False) if self.steps_apart else None
+
+    def settle(self, parameter: torch.nn.Parameter | None = None) -> None:
+        """They are, always."""
 
     @contextmanager
     def merged(self) -> Iterator[None]:
@@ -273,9 +275,7 @@ class AveragingAgreement:
             agreement.write_header(header, examples, loss, stop=stop, save=save)
             for s in self._sums:
                 s.added(i)
-        for s in self._sums:
-            s.send(0)
-        totals = [s.finish() for s in self._sums]
+        totals = [s.total() for s in self._sums]
         outcome = Outcome.of(totals[-1][-HEADER_SIZE:])
         lengths = [layout.length for layout in self._exchanged]
         return [total[:n] for total, n in zip(totals, lengths, strict=False)], outcome

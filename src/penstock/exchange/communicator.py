@@ -110,6 +110,14 @@ class Communicator:
 
         return partial(self._issue, self._all_reduce_of(tensor, reduction, shared), run)
 
+    def all_reduce_s(self, num_bytes: int) -> float | None:
+        """About how long an all-reduce takes between hosts, from what was measured; None where
+        there is one host, or nothing was."""
+        if self.network is None or len(self.network.table.hosts) == 1:
+            return None
+        hosts, far = len(self.network.table.hosts), self.network.links.far
+        return far.latency_s + 2 * (hosts - 1) / hosts * num_bytes / far.bytes_per_s
+
     def reduce(
         self, tensor: torch.Tensor, reduction: Reduction, root: int, *, sync: bool = False
     ) -> Work:

@@ -5,15 +5,23 @@ With shard s's batch of n_s examples and mean loss L_s, the step's gradient is
     g = sum_s n_s grad L_s / sum_s n_s
 
 Each backward adds n_s grad L_s into a flat row; rows are summed along the fixed tree (`shard_sum`),
-bucket by bucket while the last own shard's backward still runs, in the order in which backward
-makes them (from the last layer to the first).
+bucket by bucket while the last own shard's backward still runs. Backward fills the buckets from the
+last layer to the first, and a step's last one brings what all say beside their gradients.
+
+Usually all of them are waited for, and then comes the update. With `into_forward` the exchange goes
+on while the next forward runs: a step is made when the first layers' bucket has come, and the other
+layers are updated as they are needed (`settle`). Buckets are then sent in order of need (`order`).
 """
 
 from __future__ import annotations
 
 import math
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,7 +29,11 @@ from penstock.exchange import agreement
 from penstock.exchange.agreement import HEADER_SIZE, Clip, Outcome
 from penstock.exchange.flat import Layout, by_dtype
 from penstock.exchange.group import Group
+from penstock.exchange.order import sending_order
 from penstock.exchange.shard_sum import ShardSum
+
+MEASURED_STEP = 2
+"""The step, counted from 0, after which buckets are ordered by how long its backward took."""
 
 
 class GradientAgreement:
@@ -34,6 +46,9 @@ class GradientAgreement:
         bucket_bytes: about how much is sent at once.
         borders: frozen borders of an earlier run; None to decide them now.
         where: names step and shard in errors, given an own shard's index.
+        into_forward: whether `commit` may return before all parameters are updated. Who reads
+            one then says so to `settle` before; the optimizer updates each parameter by itself,
+            and nothing is clipped by norm.
     """
 
     agreed = True
@@ -51,10 +66,12 @@ class GradientAgreement:
         borders: dict[str, list[list[int]]] | None,
         clip: Clip,
         where: Callable[[int], str],
+        into_forward: bool = False,
     ) -> None:
         self._names = [name for name, _ in parameters]
         self._parameters = [parameter for _, parameter in parameters]
-        self._optimizer, self._own, self._clip, self._where = optimizer, own, clip, where
+        self._group, self._optimizer, self._own = group, optimizer, own
+        self._clip, self._where, self._into_forward = clip, where, into_forward
         backward_order = [(str(n), p) for n, p in enumerate(self._parameters)][::-1]
         self._layouts = [Layout.of(g, dtype) for dtype, g in by_dtype(backward_order).items()]
         self._borders = {
@@ -66,43 +83,40 @@ class GradientAgreement:
             for layout in self._layouts
         }
         device = self._parameters[0].device
-        borders_of = [self._borders[str(layout.dtype)] for layout in self._layouts]
-        self._sums = agreement.sums_of(
-            group,
-            own,
-            shards,
-            [
-                (layout.dtype, [(b[0], b[1]) for b in borders])
-                for layout, borders in zip(self._layouts, borders_of, strict=True)
-            ],
-            device,
-        )
-        self._views = [
-            agreement.gradient_views(self._parameters, self._layouts, flats)
-            for flats in zip(*(s.rows for s in self._sums[: len(self._layouts)]), strict=True)
+        flats = [
+            (layout.dtype, [(start, stop) for start, stop in self._borders[str(layout.dtype)]])
+            for layout in self._layouts
         ]
-        self._totals = [
-            s.rows[0][: layout.length] for layout, s in zip(self._layouts, self._sums, strict=False)
+        self._sums = agreement.sums_of(group, own, shards, flats, device)
+        self._views = [
+            agreement.gradient_views(self._parameters, self._layouts, rows)
+            for rows in zip(*(s.rows for s in self._sums[: len(flats)]), strict=True)
         ]
         self._headers = [self._sums[-1].row(i)[-HEADER_SIZE:] for i in range(len(own))]
         self._total_header = self._sums[-1].rows[0][-HEADER_SIZE:]
-        self._buckets: list[tuple[ShardSum, int, list[torch.Tensor]]] = [
-            (s, index, [row[start:stop] for row in s.rows])
-            for s, borders in zip(self._sums, borders_of, strict=False)
-            for index, (start, stop) in enumerate(borders)
+        self._totals = [
+            s.rows[0][: layout.length] for s, layout in zip(self._sums, self._layouts, strict=False)
         ]
-        """Sum, number in it, and by row the gradients in it. The last is sent by `commit`."""
-        if len(self._sums) > len(self._layouts):
-            self._buckets.append((self._sums[-1], 0, [row[:0] for row in self._sums[-1].rows]))
-        self._bucket_of = self._find_buckets(borders_of)
-        self._counts = [self._bucket_of.count(b) for b in range(len(self._buckets))]
-        self._missing = self._counts
+        self._buckets = self._cut()
+        """In the order in which backward fills them. The last one is sent by `commit`."""
+        self._order = list(range(len(self._buckets)))
+        self._missing: list[int] = []
         self._sent, self._armed = 0, False
         self._checks_ahead = device.type == "cpu"  # a GPU would have to be waited for
         self._i, self._row, self._examples, self._loss = 0, 0, 0, 0.0
-        for number, parameter in enumerate(self._parameters):
-            if self._bucket_of[number] + 1 < len(self._buckets):
-                parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
+        self._bucket_of = {
+            id(self._parameters[n]): b for b, bucket in enumerate(self._buckets) for n in bucket.of
+        }
+        for bucket, each in enumerate(self._buckets[:-1]):
+            for n in each.of:
+                self._parameters[n].register_post_accumulate_grad_hook(self._hook(bucket))  # type: ignore[no-untyped-call]
+
+        self._commits, self._began = 0, 0.0
+        self._ready_s = torch.zeros(len(self._buckets), dtype=torch.float64)
+        self._pending: set[int] = set()
+        self._settling = threading.RLock()
+        self._zero_later, self._divisor = False, 0
+        self._options: list[dict[str, Any]] = []
 
     def borders(self) -> dict[str, list[list[int]]]:
         return self._borders
@@ -110,14 +124,22 @@ class GradientAgreement:
     def activate(self, i: int) -> None:
         self._i, self._row = i, self._sums[0].row_index(i)
         self._examples, self._loss, self._sent = 0, 0.0, 0
+        if self._pending:  # whose sums are yet to come
+            self._zero_later = True
+            for b, bucket in enumerate(self._buckets):
+                if b not in self._pending:
+                    bucket.rows[self._row].zero_()
+            return
         for s in self._sums:
             s.row(i).zero_()
 
     def backward(self, loss: torch.Tensor, examples: int, last: bool) -> None:
+        self.settle()
         self._examples += examples
         self._armed = last and self._i + 1 == len(self._own) and len(self._buckets) > 1
         if self._armed:
-            self._missing = self._counts.copy()
+            self._missing = [len(bucket.of) for bucket in self._buckets]
+            self._began = time.perf_counter()
         # Hidden until the update: a loop's zero_grad can neither take nor clear them.
         self._point_at(self._row)
         (loss * examples).backward()  # type: ignore[no-untyped-call]
@@ -127,6 +149,7 @@ class GradientAgreement:
             self._end_shard()
 
     def skip(self) -> None:
+        self.settle()
         self._end_shard()
 
     def commit(self, step: int, *, stop: bool = False, save: bool = False) -> Outcome | None:
@@ -134,23 +157,29 @@ class GradientAgreement:
             agreement.write_header(
                 self._headers[-1], self._examples, self._loss, stop=stop, save=save
             )
-        self._send(len(self._buckets))
-        for s in self._sums:
-            s.finish()
-        outcome = Outcome.of(self._total_header)
-        if outcome.examples:
-            for total in self._totals:
-                total.div_(outcome.examples)
-            self._point_at(0)
-            agreement.clip_gradients(self._totals, self._clip)
-            self._optimizer.step()
+        self._send_rest()
+        if self._into_forward:
+            outcome = self._begin_update()
+        else:
+            for bucket in self._buckets:
+                bucket.finish()
+            outcome = Outcome.of(self._total_header)
+            if outcome.examples:
+                for total in self._totals:
+                    total.div_(outcome.examples)
+                self._point_at(0)
+                agreement.clip_gradients(self._totals, self._clip)
+                self._optimizer.step()
+        self._commits += 1
         return outcome
 
     def conclude(self) -> Outcome | None:
+        self.settle()
         return None
 
     @contextmanager
     def merged(self) -> Iterator[None]:
+        self.settle()
         yield
 
     @property
@@ -160,34 +189,58 @@ class GradientAgreement:
 
     def parameters_of(self, i: int) -> list[torch.Tensor]:
         """The i-th own shard's parameters: the same for all."""
+        self.settle()
         return [p.data for p in self._parameters]
 
     def gradients(self) -> list[torch.Tensor]:
         """The last step's gradient of each parameter, until the next step begins."""
+        self.settle()
         return self._views[0]
+
+    def settle(self, parameter: torch.nn.Parameter | None = None) -> None:
+        """Waits until a parameter, or each of them, is as the last step has left it."""
+        if not self._pending:
+            return
+        with self._settling:
+            wanted = self._order if parameter is None else [self._bucket_of.get(id(parameter), -1)]
+            for bucket in wanted:
+                if bucket in self._pending:
+                    self._update(bucket)
 
     def _point_at(self, row: int) -> None:
         for parameter, view in zip(self._parameters, self._views[row], strict=True):
             parameter.grad = view
 
-    def _find_buckets(self, borders_of: Sequence[list[list[int]]]) -> list[int]:
-        """The bucket of each parameter."""
-        found, before = [0] * len(self._parameters), 0
-        for layout, borders in zip(self._layouts, borders_of, strict=True):
-            for slot in layout.slots:
-                at = (b for b, (_, stop) in enumerate(borders) if slot.start < stop)
-                found[int(slot.name)] = before + next(at, len(borders) - 1)
-            before += len(borders)
+    def _cut(self) -> list[_Bucket]:
+        """The buckets of all flat tensors, and one of the header where it stands alone."""
+        found = []
+        groups = [group["params"] for group in self._optimizer.param_groups]
+        group_of = {id(p): number for number, group in enumerate(groups) for p in group}
+        for layout, s in zip(self._layouts, self._sums, strict=False):
+            slots = list(layout.slots)
+            for index, (start, stop) in enumerate(self._borders[str(layout.dtype)]):
+                last = stop == layout.length
+                of = [int(slot.name) for slot in slots if slot.start < stop or last]
+                del slots[: len(of)]
+                by_group: list[list[torch.nn.Parameter]] = [[] for _ in groups]
+                for n in of:
+                    by_group[group_of[id(self._parameters[n])]].append(self._parameters[n])
+                gradients = [row[start:stop] for row in s.rows]
+                rows = [row[start:] for row in s.rows] if last else gradients
+                found.append(_Bucket(s, index, of, by_group, gradients, rows))
+        if len(self._sums) > len(self._layouts):
+            rows = self._sums[-1].rows
+            found.append(_Bucket(self._sums[-1], 0, [], [], [row[:0] for row in rows], rows))
         return found
 
-    def _hook(self, number: int) -> Callable[[torch.Tensor], None]:
-        bucket = self._bucket_of[number]
-
+    def _hook(self, bucket: int) -> Callable[[torch.Tensor], None]:
         def arrived(parameter: torch.Tensor) -> None:
             if self._armed:
                 self._missing[bucket] -= 1
-                if self._missing[bucket] == 0 and bucket == self._sent:
-                    self._send_ahead()
+                if not self._missing[bucket]:
+                    self._ready_s[bucket] = time.perf_counter() - self._began
+                    if bucket == self._order[self._sent]:
+                        self._send_ahead()
 
         return arrived
 
@@ -197,27 +250,29 @@ class GradientAgreement:
         The last one waits for the check of the loss: without it, nobody commits the step. Nor does
         what is not finite leave: sums come back in place, and would seem to be everyone's fault.
         """
-        while self._sent + 1 < len(self._buckets) and not self._missing[self._sent]:
-            if self._checks_ahead and not math.isfinite(self._mine(self._sent).sum().item()):
+        last = len(self._buckets) - 1
+        while (bucket := self._order[self._sent]) != last and not self._missing[bucket]:
+            if self._checks_ahead and not self._finite(bucket):
                 self._armed = False
                 return
-            self._send(self._sent + 1)
-
-    def _mine(self, bucket: int) -> torch.Tensor:
-        """The active shard's gradients in a bucket."""
-        return self._buckets[bucket][2][self._row]
-
-    def _send(self, until: int) -> None:
-        while self._sent < until:
-            s, index, _ = self._buckets[self._sent]
-            s.send(index)
+            self._buckets[bucket].send()
             self._sent += 1
+
+    def _send_rest(self) -> None:
+        """Sends what backward has left to be sent, on all workers in one order."""
+        for bucket in self._order[self._sent :]:
+            self._sent += 1
+            at_once = self._sent == len(self._order) and not self._into_forward
+            self._buckets[bucket].send(sync=at_once)
+
+    def _finite(self, bucket: int) -> bool:
+        """Whether the active shard's gradients in a bucket are; a sum may also overflow."""
+        return math.isfinite(self._buckets[bucket].gradients[self._row].sum().item())
 
     def _end_shard(self) -> None:
         if self._examples:
-            unsent = range(self._sent if self._checks_ahead else 0, len(self._buckets))
-            finite = all(math.isfinite(self._mine(b).sum().item()) for b in unsent)
-            if not (finite and math.isfinite(self._loss)):
+            unsent = self._order[self._sent if self._checks_ahead else 0 :]
+            if not (math.isfinite(self._loss) and all(map(self._finite, unsent))):
                 agreement.check_finite(
                     self._loss,
                     dict(zip(self._names, self._views[self._row], strict=True)),
@@ -227,3 +282,80 @@ class GradientAgreement:
         for s in self._sums:
             s.added(self._i)
         self._armed = False
+
+    def _begin_update(self) -> Outcome:
+        """The step is made as soon as the first layers' sums are there, and what all say."""
+        last = len(self._buckets) - 1
+        self._buckets[last].finish()
+        outcome = Outcome.of(self._total_header)
+        self._divisor, self._zero_later = outcome.examples, False
+        # As they are in this step: a schedule may go on before the last parameter is updated.
+        self._options = [dict(group) for group in self._optimizer.param_groups]
+        self._pending = set(range(last))
+        self._update_parameters(self._buckets[last])
+        if self._commits == MEASURED_STEP:
+            self._order_anew()
+        return outcome
+
+    def _update(self, number: int) -> None:
+        """Waits for a pending bucket, and updates its parameters."""
+        bucket = self._buckets[number]
+        bucket.finish()
+        self._pending.discard(number)
+        self._update_parameters(bucket)
+        if self._zero_later:
+            bucket.rows[self._row].zero_()
+
+    def _update_parameters(self, bucket: _Bucket) -> None:
+        """The optimizer's step for these parameters alone."""
+        if not self._divisor or not bucket.of:
+            return
+        total = bucket.gradients[0]
+        total.div_(self._divisor)
+        agreement.clip_gradients([total], self._clip)
+        for n in bucket.of:
+            self._parameters[n].grad = self._views[0][n]
+        optimizer, groups = self._optimizer, self._optimizer.param_groups
+        optimizer.param_groups = [
+            options | {"params": parameters}
+            for options, parameters in zip(self._options, bucket.by_group, strict=True)
+            if parameters
+        ]
+        try:
+            optimizer.step()
+        finally:
+            optimizer.param_groups = groups
+
+    def _order_anew(self) -> None:
+        """From the next step on, buckets go in order of need. Collective."""
+        self._ready_s[-1] = max(time.perf_counter() - self._began, 0.0)
+        everyone = self._ready_s.new_empty(self._group.world_size, len(self._buckets))
+        self._group.all_gather(everyone, self._ready_s, sync=True).wait()
+        takes_s = [self._group.all_reduce_s(bucket.gradients[0].nbytes) for bucket in self._buckets]
+        self._order = sending_order(everyone.amax(0).tolist(), takes_s)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """What is sent together.
+
+    Arguments:
+        sum, index: of which sum it is a part, and which.
+        of: the numbers of its parameters.
+        by_group: its parameters in each of the optimizer's groups.
+        gradients: by row, (elements,): theirs.
+        rows: by row: those and, in the last bucket, the header.
+    """
+
+    sum: ShardSum
+    index: int
+    of: list[int]
+    by_group: list[list[torch.nn.Parameter]]
+    gradients: list[torch.Tensor]
+    rows: list[torch.Tensor]
+
+    def send(self, *, sync: bool = False) -> None:
+        self.sum.send(self.index, sync=sync)
+
+    def finish(self) -> None:
+        self.sum.finish(self.index)

@@ -41,6 +41,10 @@ class Group(Protocol):
         """What starts `all_reduce` of this one tensor, (n,), whenever it is called with `sync`."""
         ...
 
+    def all_reduce_s(self, num_bytes: int) -> float | None:
+        """About how long one takes between hosts; None where there is one, or that is unknown."""
+        ...
+
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, sync: bool = False) -> Work:
         """Starts gathering: output (world_size, *input.shape), input the same shape on all."""
         ...

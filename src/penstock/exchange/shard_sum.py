@@ -21,7 +21,8 @@ class ShardSum:
     """The sum over shards of a flat tensor (length,).
 
     For each own shard in order: fill `row(i)`, then `added(i)`; the last own shard's row is sent
-    bucket by bucket with `send(b)` in order of b; `finish()` waits and returns the sum.
+    bucket by bucket with `send(b)`, in the same order on all workers; `finish(b)` waits for one,
+    whose sum then stands in the first of `rows`, until that is filled anew.
 
     Arguments:
         own: the shards of this worker, out of `shards`, as `tree.assign` gives them.
@@ -70,8 +71,7 @@ class ShardSum:
             group.repeated_all_reduce(part, total)
             for part, total in zip(self._parts, self._totals, strict=True)
         ]
-        self._under_way: list[Work] = []
-        self._gathered: list[tuple[int, Work, torch.Tensor]] = []
+        self._under_way: dict[int, tuple[Work, torch.Tensor | None]] = {}
 
     def row_index(self, i: int) -> int:
         """Which of `rows` the i-th own shard fills."""
@@ -86,32 +86,40 @@ class ShardSum:
         if i + 1 < len(self._own):
             self._merge(i, 0, self._length)
 
-    def send(self, bucket: int) -> None:
-        """The last own shard's row is full within this bucket: starts its exchange."""
+    def send(self, bucket: int, *, sync: bool = False) -> None:
+        """The last own shard's row is full within this bucket: starts its exchange.
+
+        Arguments:
+            sync: it is waited for at once anyway.
+        """
         start, stop = self._buckets[bucket]
         self._merge(len(self._own) - 1, start, stop)
         if self._group.world_size == 1:
             return
-        last = bucket + 1 == len(self._buckets)  # and so waited for at once
         if self._most == 1:
-            self._under_way.append(self._reduce[bucket](last))
+            self._under_way[bucket] = self._reduce[bucket](sync), None
         else:
             given = self._matrix[: self._most, start:stop].contiguous()
             output = given.new_empty(self._group.world_size, *given.shape)
-            work = self._group.all_gather(output, given, sync=last)
-            self._gathered.append((bucket, work, output))
+            self._under_way[bucket] = self._group.all_gather(output, given, sync=sync), output
 
-    def finish(self) -> torch.Tensor:
-        """Waits for all buckets; returns the sum, (length,), valid until `row(0)` is filled: the
-        first of `rows`, always."""
-        for bucket, work, output in self._gathered:
-            work.wait()
+    def finish(self, bucket: int) -> None:
+        """Waits until the sum of a bucket that was sent stands in the first row."""
+        if self._group.world_size == 1:
+            return
+        work, output = self._under_way[bucket]
+        work.wait()
+        if output is not None:
             parts = output.flatten(0, 1)
             self._totals[bucket].combine([parts[at] for at in self._places], self._parts[bucket])
-        for work in self._under_way:
-            work.wait()
-        self._gathered.clear()
-        self._under_way.clear()
+        del self._under_way[bucket]
+
+    def total(self) -> torch.Tensor:
+        """Sends all buckets and waits for them; the sum, (length,)."""
+        for bucket in range(len(self._buckets)):
+            self.send(bucket, sync=bucket + 1 == len(self._buckets))
+        for bucket in range(len(self._buckets)):
+            self.finish(bucket)
         return self.rows[0]
 
     def _merge(self, i: int, start: int, stop: int) -> None:

@@ -67,6 +67,9 @@ class TorchGroup:
     ) -> Callable[[bool], Work]:
         return lambda sync: self.all_reduce(tensor, reduction, sync=sync)
 
+    def all_reduce_s(self, num_bytes: int) -> float | None:
+        return None
+
     def all_gather(
         self, output: torch.Tensor, input: torch.Tensor, *, sync: bool = False
     ) -> TorchWork:

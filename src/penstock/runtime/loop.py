@@ -107,6 +107,9 @@ def _shape(value: Any) -> str:
 class _Between:
     """What happens between steps: evaluation, checkpoints, early stopping, callbacks."""
 
+    settles = True
+    """It waits itself for what it reads."""
+
     def __init__(
         self,
         job: Job,
@@ -137,6 +140,8 @@ class _Between:
 
     def tell(self, what: str, *arguments: Any) -> None:
         """Calls this method of every callback; what it draws is not a shard's."""
+        if self._callbacks:
+            self._worker.settle()
         for callback in self._callbacks:
             with preserved():
                 if isinstance(callback, Callback):

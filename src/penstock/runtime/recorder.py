@@ -40,10 +40,10 @@ class Recorder:
         """Ends a pause."""
         self._since += time.perf_counter() - self._paused
 
-    def before_step(self, step: int, parameters: Sequence[torch.Tensor]) -> None:
+    def before_step(self, step: int, agreement: Agreement) -> None:
         """Keeps the parameters where this step's update will be shown."""
         if self._histograms_every and step % self._histograms_every == 0 and self._before is None:
-            self._before = [p.detach().clone() for p in parameters]
+            self._before = [p.detach().clone() for p in agreement.parameters_of(0)]
 
     def after_step(
         self,

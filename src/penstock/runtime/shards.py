@@ -193,7 +193,6 @@ def merged_buffers(
             for slot, view in zip(layout.slots, layout.views(sums.row(i)), strict=True):
                 torch.sub(mine[slot.name], merged[slot.name], out=view)
             sums.added(i)
-        sums.send(0)
-        for slot, view in zip(layout.slots, layout.views(sums.finish()), strict=True):
+        for slot, view in zip(layout.slots, layout.views(sums.total()), strict=True):
             merged[slot.name].add_(view.div(shards))
     return merged

@@ -23,7 +23,7 @@ import torch
 
 from penstock.cluster.channel import Message
 from penstock.errors import JobError, NetworkError, UserError, did_you_mean
-from penstock.exchange import tree
+from penstock.exchange import into_forward, tree
 from penstock.exchange.agreement import Clip, Outcome
 from penstock.exchange.averaging import AveragingAgreement
 from penstock.exchange.gradients import GradientAgreement
@@ -211,7 +211,7 @@ class Worker:
             trained,
             made,
             schedule(made) if schedule else None,
-            self._agreement(trained, made),
+            self._agreement(module, trained, made),
             ShardBuffers(module, len(self.shards)),
             [RandomState.seeded(self.plan.seed, 1, shard) for shard in self.shards],
             self.shards,
@@ -356,6 +356,16 @@ class Worker:
         else:
             self._save = True
 
+    def settle(self) -> None:
+        """Waits until all parameters are as the last step has left them.
+
+        Needed by who has kept a parameter and reads it after a batch has come and before the
+        network is called, where `AllReduce.into_forward` is used. Through the network itself
+        (`network.layer.weight`, `network.parameters()`) they are never read too early, and
+        functions of `after_step` are called when all is settled.
+        """
+        self._need_prepared().agreement.settle()
+
     def evaluate(
         self,
         name: str = "test",
@@ -440,7 +450,10 @@ class Worker:
             self._recorder.close()
 
     def _agreement(
-        self, trained: list[tuple[str, torch.nn.Parameter]], optimizer: torch.optim.Optimizer
+        self,
+        network: torch.nn.Module,
+        trained: list[tuple[str, torch.nn.Parameter]],
+        optimizer: torch.optim.Optimizer,
     ) -> GradientAgreement | AveragingAgreement:
         strategy, clip = self._settings.strategy, self._settings.clip
         if isinstance(strategy, Averaging):
@@ -455,7 +468,17 @@ class Worker:
                 clip=clip,
                 where=self._where,
             )
-        return GradientAgreement(
+        goes_on = strategy.into_forward
+        if goes_on is not False and (why := into_forward.obstacle(network, optimizer, clip)):
+            if goes_on:
+                raise JobError(
+                    f"strategy.into_forward: {why}",
+                    hint="leave it out: it is then used where it can be",
+                )
+            goes_on = False
+        if goes_on is None:
+            goes_on = self._group.all_reduce_s(1) is not None  # there are several hosts
+        agreement = GradientAgreement(
             self._group,
             trained,
             optimizer,
@@ -465,7 +488,11 @@ class Worker:
             borders=self.plan.borders,
             clip=clip,
             where=self._where,
+            into_forward=goes_on,
         )
+        if goes_on:
+            into_forward.watch(network, [p for _, p in trained], agreement.settle)
+        return agreement
 
     def _where(self, i: int) -> str:
         return f"step {self._progress.step + 1}, shard {self.shards[i]} on rank {self.rank}"
@@ -515,8 +542,7 @@ class Worker:
         if self._trace is not None:
             self._trace.step(self._progress.step + 1)
         if self._recorder is not None:
-            agreement = self._need_prepared().agreement
-            self._recorder.before_step(self._progress.step + 1, agreement.parameters_of(0))
+            self._recorder.before_step(self._progress.step + 1, self._need_prepared().agreement)
 
     def _hand_out(self, supply: Supply) -> Iterator[Batch]:
         """The batches of one step, each with its shard's state in place."""
@@ -651,6 +677,8 @@ class Worker:
     def _after_step(self) -> None:
         self._between_steps = True
         for function in self.after_step:
+            if not getattr(function, "settles", False):
+                self.settle()
             function(self)
         if self._agreed_save or self.stopped == "interrupted":
             self._agreed_save = False
