@@ -60,7 +60,7 @@ from penstock.exchange.gradients import GradientAgreement
 from penstock.exchange.into_forward import watch
 from penstock.testing.hosts import Hosts, hosts, unavailable
 
-TURN_S = 0.2
+TURN_S, TRAIN_S = 0.2, 6.0
 """How long one measurement takes, about."""
 NUM_PARAMS = 5 * (2048 * 2048 + 2048)
 DEADLINE_S = 300.0
@@ -506,7 +506,7 @@ def main() -> None:
                 net = stack.enter_context(hosts(options.hosts, options.bandwidth))
             hosts_by_rank = [rank * (options.hosts or 1) // ranks for rank in range(ranks)]
             found = stack.enter_context(contenders(names, hosts_by_rank, net))
-            measured = measure(found, orders, options.rounds, 1.0 if options.train else TURN_S)
+            measured = measure(found, orders, options.rounds, TRAIN_S if options.train else TURN_S)
         for text, order, rows in zip(sizes, orders, measured):
             num_bytes = 4 * order.get("num_elements", NUM_PARAMS)
             show(text, rows, wire_s(num_bytes, options.hosts or 1, options.bandwidth))

@@ -281,6 +281,8 @@ class GradientAgreement:
         agreement.write_header(self._headers[self._i], self._examples, self._loss)
         for s in self._sums:
             s.added(self._i)
+        if self._armed:
+            self._ready_s[-1] = time.perf_counter() - self._began
         self._armed = False
 
     def _begin_update(self) -> Outcome:
@@ -328,7 +330,6 @@ class GradientAgreement:
 
     def _order_anew(self) -> None:
         """From the next step on, buckets go in order of need. Collective."""
-        self._ready_s[-1] = max(time.perf_counter() - self._began, 0.0)
         everyone = self._ready_s.new_empty(self._group.world_size, len(self._buckets))
         self._group.all_gather(everyone, self._ready_s, sync=True).wait()
         takes_s = [self._group.all_reduce_s(bucket.gradients[0].nbytes) for bucket in self._buckets]
