@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 import penstock
 from penstock import AllReduce, Averaging, Callback, Clip, Evaluate, Job, Run, Worker, feed
+from penstock.errors import JobError
 from penstock.testing import assert_same_bits, parameters_of
 
 SHARDS = 4
@@ -108,8 +109,9 @@ def train(runs: str) -> Callable[..., Run]:
     return run
 
 
-def assert_same_run(a: Run, b: Run) -> None:
-    """Parameters, buffers, loss of every step, evaluation, and whole checkpoints are equal."""
+def assert_same_run(a: Run, b: Run, but: str = "") -> None:
+    """Parameters, buffers, loss of every step, evaluation, and whole checkpoints (but for one of
+    their files) are equal."""
     assert_same_bits(parameters_of(a), parameters_of(b))
     for tag in ("loss", "learning_rate"):
         assert a.scalars(tag).steps.tolist() == b.scalars(tag).steps.tolist()
@@ -119,14 +121,14 @@ def assert_same_run(a: Run, b: Run) -> None:
     assert a.evaluation.to_dict() == b.evaluation.to_dict()
     assert a.result["loss"] == b.result["loss"]
     # With random state, optimizer state and batch statistics of every shard:
-    assert checksums(a) == checksums(b)
+    assert checksums(a, but) == checksums(b, but)
 
 
-def checksums(run: Run) -> dict[str, str]:
-    """SHA-256 of every file of the last checkpoint."""
+def checksums(run: Run, but: str) -> dict[str, str]:
+    """SHA-256 of every file of the last checkpoint but one."""
     folder = run.checkpoint().folder
     manifest = json.loads(run.store.read(f"{folder}/manifest.json"))
-    return {file["name"]: file["sha256"] for file in manifest["files"]}
+    return {file["name"]: file["sha256"] for file in manifest["files"] if file["name"] != but}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -278,3 +280,20 @@ def test_an_own_loop_has_the_bits_of_the_job(
     assert own.evaluation is not None
     assert job.evaluation is not None
     assert own.evaluation.to_dict() == job.evaluation.to_dict()
+
+
+def test_an_exchange_that_goes_on_into_forward_changes_no_bit(train: Callable[..., Run]) -> None:
+    """With a schedule, evaluation, checkpoints and several micro-batches between."""
+    values = CASES["small, all-reduce in many buckets"]
+    alone = train(values, 1, strategy=AllReduce(bucket_bytes=1024, into_forward=False))
+    for workers in (1, 2, 3):
+        strategy = AllReduce(bucket_bytes=1024, into_forward=True)
+        run = train(values, workers, strategy=strategy)
+        assert_same_run(run, alone, but="state.json")  # which names the strategy
+
+
+def test_what_cannot_go_on_into_forward_says_so(train: Callable[..., Run]) -> None:
+    strategy = AllReduce(into_forward=True)
+    values = CASES["lenet, all-reduce"] | {"clip": Clip(norm=1.0), "strategy": strategy}
+    with pytest.raises(JobError, match="into_forward: gradients are clipped by the norm"):
+        train(values, 2)

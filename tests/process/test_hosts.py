@@ -14,8 +14,11 @@ import torch.distributed as dist
 
 from penstock.errors import TransportError
 from penstock.exchange import tree
+from penstock.exchange.agreement import Clip
 from penstock.exchange.communicator import Communicator
 from penstock.exchange.connect import connect
+from penstock.exchange.gradients import GradientAgreement
+from penstock.exchange.into_forward import watch
 from penstock.exchange.reduction import Reduction, Total
 from penstock.testing.hosts import GONE, hosts, unavailable
 
@@ -87,6 +90,7 @@ def collectives(store: dist.Store, rank: int, world_size: int) -> tuple[str, lis
     inside = memory.view(torch.float32).copy_(values(rank, LENGTHS[-1]))
     group.all_reduce(inside, total_of(world_size), sync=True)
     parts = [values(r, LENGTHS[-1]) for r in range(world_size)]
+    assert (group.all_reduce_s(1 << 20) is None) == (len(set(group.hosts)) == 1)
     found = group.through, list(group.hosts), torch.equal(inside, tree.tree_sum(parts))
     group.barrier()
     group.close()
@@ -115,6 +119,48 @@ def test_all_collectives_and_who_shares_memory(
     alone = len(hosts_by_rank) == count
     through = "memory" if count == 1 else "tcp" if alone else "memory and tcp"
     assert found == [(through, [f"host{h}" for h in hosts_by_rank], True)] * len(hosts_by_rank)
+
+
+def trains(store: dist.Store, rank: int, world_size: int) -> tuple[list[bytes], list[int]]:
+    """The parameters after some steps, in which the exchange goes on into forward or not, and in
+    which order it sends then."""
+    group = connect(store, rank, world_size, timeout_s=20.0)
+    digests = []
+    for goes_on in (False, True):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(*(torch.nn.Linear(128, 128) for _ in range(4)))
+        agreement = GradientAgreement(
+            group,
+            list(network.named_parameters()),
+            torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9),
+            range(rank, rank + 1),
+            world_size,
+            bucket_bytes=65_000,
+            borders=None,
+            clip=Clip(),
+            where=lambda shard: f"shard {shard}",
+            into_forward=goes_on,
+        )
+        if goes_on:
+            watch(network, list(network.parameters()), agreement.settle)
+        for step in range(6):
+            agreement.activate(0)
+            loss = network(values(rank, 4 * 128 + step)[:512].view(4, 128)).square().mean()
+            agreement.backward(loss, 4, True)
+            agreement.commit(step)
+        agreement.settle()
+        digests.append(b"".join(p.detach().numpy().tobytes() for p in network.parameters()))
+    group.barrier()
+    group.close()
+    return digests, agreement.order
+
+
+def test_between_hosts_the_first_layers_are_sent_first() -> None:
+    with hosts(2, 5_000_000) as net:  # a bucket takes 100 ms, much longer than backward
+        found = net.run(trains, [0, 1])
+    for digests, order in found:
+        assert digests == [found[0][0][0]] * 2
+        assert order == [0, 3, 2, 1]
 
 
 def go_on(group: Communicator, store: dist.Store, began: list[float]) -> None:

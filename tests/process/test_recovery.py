@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_local import alive, driver, family, until
 from test_resume import STEPS, STRATEGIES, digests, job, losses, same
 
-from penstock import Callback, Job, Run
+from penstock import AllReduce, Callback, Job, Run
 from penstock.errors import WorkerFailed, WorkerLost
 
 EVERY = 4
@@ -266,3 +268,44 @@ def test_interrupted_between_generations(
     resumed = job("allreduce").run(workers=1, resume=run, progress=False)
     assert digests(resumed) == digests(whole["allreduce"])
     assert losses(resumed) == losses(whole["allreduce"])
+
+
+class Falls(torch.nn.Linear):
+    """A layer in whose forward one worker dies: who first calls it so often."""
+
+    def __init__(self, inputs: int, outputs: int, path: Path, calls: int) -> None:
+        super().__init__(inputs, outputs)
+        self.path, self.calls = path, calls
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls -= self.training
+        if self.calls == 0:
+            with contextlib.suppress(FileExistsError), self.path.open("x"):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
+def test_a_worker_that_dies_in_a_forward_into_which_the_exchange_goes_on(tmp_path: Path) -> None:
+    """When some layers are of the last step, and some of the one before."""
+
+    def run(name: str, calls: int, into_forward: bool, workers: int) -> Run:
+        torch.manual_seed(11)
+        network = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 4, 3),
+            torch.nn.Flatten(),
+            Falls(144, 20, tmp_path / name / "fallen", calls),
+            torch.nn.ReLU(),
+            torch.nn.Linear(20, 5),
+        )
+        (tmp_path / name).mkdir()
+        strategy = AllReduce(bucket_bytes=256, into_forward=into_forward)
+        asked = job("allreduce", network=network, strategy=strategy)
+        return quiet(asked, tmp_path / name / "run", workers)
+
+    undisturbed = run("undisturbed", -1, False, 1)
+    lost = run("lost", 11, True, 3)
+    assert (tmp_path / "lost" / "fallen").exists()
+    assert lost.result["restarts"] == 1
+    assert losses(lost) == losses(undisturbed)
+    assert lost.result["evaluation"] == undisturbed.result["evaluation"]
+    assert digests(lost) | {"state.json": ""} == digests(undisturbed) | {"state.json": ""}

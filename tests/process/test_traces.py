@@ -102,8 +102,8 @@ def test_waits_are_named(traced: Run) -> None:
     waits = {n for at, _, n in spans(found, 0) if n.startswith("wait for") and began <= at < ended}
     exchanged = [n for at, _, n in spans(found, 1) if began <= at < ended]
     whats = {name.partition(" of ")[2].split(",")[0] for name in waits}
-    assert whats == {"bucket 1 of 2", "bucket 2 of 2", "float64 4 each"}
-    # The last bucket, and what ranks tell of themselves, may run in the thread that waits for them.
+    assert whats == {"bucket 1 of 2", "bucket 2 of 2"}
+    # The last bucket may run in the thread that waits for it.
     assert " of bucket 1 of 2, sum over shards float32 (" in exchanged[0]
     assert ", number " in exchanged[0]
     assert f"wait for {exchanged[0]}" in waits

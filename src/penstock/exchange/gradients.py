@@ -99,7 +99,8 @@ class GradientAgreement:
         ]
         self._buckets = self._cut()
         """In the order in which backward fills them. The last one is sent by `commit`."""
-        self._order = list(range(len(self._buckets)))
+        self.order = list(range(len(self._buckets)))
+        """In which they are sent, on all workers."""
         self._missing: list[int] = []
         self._sent, self._armed = 0, False
         self._checks_ahead = device.type == "cpu"  # a GPU would have to be waited for
@@ -202,7 +203,7 @@ class GradientAgreement:
         if not self._pending:
             return
         with self._settling:
-            wanted = self._order if parameter is None else [self._bucket_of.get(id(parameter), -1)]
+            wanted = self.order if parameter is None else [self._bucket_of.get(id(parameter), -1)]
             for bucket in wanted:
                 if bucket in self._pending:
                     self._update(bucket)
@@ -239,7 +240,7 @@ class GradientAgreement:
                 self._missing[bucket] -= 1
                 if not self._missing[bucket]:
                     self._ready_s[bucket] = time.perf_counter() - self._began
-                    if bucket == self._order[self._sent]:
+                    if bucket == self.order[self._sent]:
                         self._send_ahead()
 
         return arrived
@@ -251,7 +252,7 @@ class GradientAgreement:
         what is not finite leave: sums come back in place, and would seem to be everyone's fault.
         """
         last = len(self._buckets) - 1
-        while (bucket := self._order[self._sent]) != last and not self._missing[bucket]:
+        while (bucket := self.order[self._sent]) != last and not self._missing[bucket]:
             if self._checks_ahead and not self._finite(bucket):
                 self._armed = False
                 return
@@ -260,9 +261,9 @@ class GradientAgreement:
 
     def _send_rest(self) -> None:
         """Sends what backward has left to be sent, on all workers in one order."""
-        for bucket in self._order[self._sent :]:
+        for bucket in self.order[self._sent :]:
             self._sent += 1
-            at_once = self._sent == len(self._order) and not self._into_forward
+            at_once = self._sent == len(self.order) and not self._into_forward
             self._buckets[bucket].send(sync=at_once)
 
     def _finite(self, bucket: int) -> bool:
@@ -271,7 +272,7 @@ class GradientAgreement:
 
     def _end_shard(self) -> None:
         if self._examples:
-            unsent = self._order[self._sent if self._checks_ahead else 0 :]
+            unsent = self.order[self._sent if self._checks_ahead else 0 :]
             if not (math.isfinite(self._loss) and all(map(self._finite, unsent))):
                 agreement.check_finite(
                     self._loss,
@@ -333,7 +334,7 @@ class GradientAgreement:
         everyone = self._ready_s.new_empty(self._group.world_size, len(self._buckets))
         self._group.all_gather(everyone, self._ready_s, sync=True).wait()
         takes_s = [self._group.all_reduce_s(bucket.gradients[0].nbytes) for bucket in self._buckets]
-        self._order = sending_order(everyone.amax(0).tolist(), takes_s)
+        self.order = sending_order(everyone.amax(0).tolist(), takes_s)
 
 
 @dataclass(frozen=True)
