@@ -43,6 +43,7 @@ from penstock.exchange.communicator import Communicator
 from penstock.exchange.connect import connect
 from penstock.plan import Plan
 from penstock.runtime import optimizers  # noqa: F401  as in a worker
+from penstock.runtime.heap import keep_freed_memory
 from penstock.runtime.store import Store
 from penstock.runtime.worker import Settings
 
@@ -98,7 +99,11 @@ def of_penstock(
 
 
 def take_turns(rank: int, data: str | None, turns: int, folder: str, queue: Any) -> None:
-    """One of two processes that run all loops in turn; puts the seconds of each turn."""
+    """One of two processes that run all loops in turn; puts the seconds of each turn.
+
+    They are set up as workers are, by which the plain loops gain as well.
+    """
+    keep_freed_memory()
     torch.set_num_threads(1)
     x, y = arrays(data)
     x, y = x[rank::WORKERS], y[rank::WORKERS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -12,6 +13,13 @@ from penstock.exchange.agreement import Agreement, Outcome
 from penstock.watch import EventWriter
 
 FOLDER = "events"
+
+
+@functools.cache
+def _tags(groups: int) -> tuple[str, ...]:
+    """Of what is written after every step."""
+    rates = (f"learning_rate/{group}" if group else "learning_rate" for group in range(groups))
+    return ("loss", "examples_per_s", *rates)
 
 
 class Recorder:
@@ -60,10 +68,8 @@ class Recorder:
                 now = time.perf_counter()
                 self.examples_per_s = self._examples / max(now - self._since, 1e-9)
                 self._since, self._examples = now, 0
-                values = {"loss": outcome.loss, "examples_per_s": self.examples_per_s}
-                for group, rate in enumerate(learning_rates):
-                    values[f"learning_rate/{group}" if group else "learning_rate"] = rate
-                self._writer.scalars(step, values)
+                values = (outcome.loss, self.examples_per_s, *learning_rates)
+                self._writer.row(step, _tags(len(learning_rates)), values)
         if self._before is not None:
             parameters, gradients = agreement.parameters_of(0), agreement.gradients()
             for (name, _), old, new, gradient in zip(

@@ -80,14 +80,14 @@ class EventWriter:
             values: from tag to a number (kept as float32: the format's), which may be NaN.
             wall_time: seconds since 1970; now by default.
         """
-        self._append(
-            (
-                time.time() if wall_time is None else wall_time,
-                int(step),
-                tuple(values),
-                tuple(map(float, values.values())),
-            )
-        )
+        numbers = tuple(map(float, values.values()))
+        self.row(int(step), tuple(values), numbers, time.time() if wall_time is None else wall_time)
+
+    def row(
+        self, step: int, tags: tuple[str, ...], values: tuple[float, ...], wall_time: float = 0.0
+    ) -> None:
+        """As `scalars`, for who writes the same tags at every step."""
+        self._append((wall_time or time.time(), step, tags, values))
 
     def histogram(self, step: int, tag: str, values: torch.Tensor | NDArray[Any]) -> None:
         """Writes how values (any shape) are distributed, in TensorFlow's buckets, 10% wide.
