@@ -113,7 +113,7 @@ class GradientAgreement:
                 self._parameters[n].register_post_accumulate_grad_hook(self._hook(bucket))  # type: ignore[no-untyped-call]
 
         self._commits, self._began = 0, 0.0
-        self._ready_s = torch.zeros(len(self._buckets), dtype=torch.float64)
+        self._ready_s = [0.0] * len(self._buckets)
         self._pending: set[int] = set()
         self._settling = threading.RLock()
         self._zero_later, self._divisor = False, 0
@@ -331,8 +331,9 @@ class GradientAgreement:
 
     def _order_anew(self) -> None:
         """From the next step on, buckets go in order of need. Collective."""
-        everyone = self._ready_s.new_empty(self._group.world_size, len(self._buckets))
-        self._group.all_gather(everyone, self._ready_s, sync=True).wait()
+        own = torch.tensor(self._ready_s, dtype=torch.float64)
+        everyone = own.new_empty(self._group.world_size, len(own))
+        self._group.all_gather(everyone, own, sync=True).wait()
         takes_s = [self._group.all_reduce_s(bucket.gradients[0].nbytes) for bucket in self._buckets]
         self.order = sending_order(everyone.amax(0).tolist(), takes_s)
 
