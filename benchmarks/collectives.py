@@ -229,7 +229,7 @@ class Training:
             into_forward=goes_on,
         )
         if goes_on:
-            watch(self.network, [p for _, p in parameters], agreement.settle)
+            watch(self.network, self.optimizer, [p for _, p in parameters], agreement.settle)
         return agreement
 
 

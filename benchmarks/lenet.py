@@ -80,7 +80,7 @@ def meeting(loop: Iterator[None], every: int, group: Communicator) -> Iterator[N
     said, heard = torch.zeros(1), torch.zeros(WORKERS, 1)
     for step, _ in enumerate(loop, 1):
         if step % every == 0:
-            group.all_gather(heard, said).wait()
+            group.all_gather(heard, said, sync=True)
         yield
 
 

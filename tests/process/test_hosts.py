@@ -129,10 +129,11 @@ def trains(store: dist.Store, rank: int, world_size: int) -> tuple[list[bytes], 
     for goes_on in (False, True):
         torch.manual_seed(0)
         network = torch.nn.Sequential(*(torch.nn.Linear(128, 128) for _ in range(4)))
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
         agreement = GradientAgreement(
             group,
             list(network.named_parameters()),
-            torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9),
+            optimizer,
             range(rank, rank + 1),
             world_size,
             bucket_bytes=65_000,
@@ -142,7 +143,7 @@ def trains(store: dist.Store, rank: int, world_size: int) -> tuple[list[bytes], 
             into_forward=goes_on,
         )
         if goes_on:
-            watch(network, list(network.parameters()), agreement.settle)
+            watch(network, optimizer, list(network.parameters()), agreement.settle)
         for step in range(6):
             agreement.activate(0)
             loss = network(values(rank, 4 * 128 + step)[:512].view(4, 128)).square().mean()

@@ -19,7 +19,6 @@ HEADER_SIZE = 5
 """What each shard says beside its tensors: its examples (in two digits, so that float32 sums them
 exactly), the sum of their losses, two wishes. It is summed with the tensors, in one collective."""
 _BASE = 4096.0
-_HOLD_HEADERS = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,11 @@ def write_header(
         into.copy_(torch.tensor(words, dtype=into.dtype))
 
 
+def holds_header(dtype: torch.dtype) -> bool:
+    """Whether a header can be summed in it."""
+    return dtype in (torch.float32, torch.float64)
+
+
 def sums_of(
     group: Group,
     own: range,
@@ -64,7 +68,7 @@ def sums_of(
 ) -> list[ShardSum]:
     """Sums of flat tensors, each given by its dtype and borders. The last one holds, behind its
     tensors, the header; where no flat tensor can hold one, another is made."""
-    if not flats or flats[-1][0] not in _HOLD_HEADERS:
+    if not flats or not holds_header(flats[-1][0]):
         flats = [*flats, (torch.float64, [(0, 0)])]
     dtype, borders = flats[-1]
     start, stop = borders[-1]

@@ -87,6 +87,7 @@ class AveragingAgreement:
         self._all_averaged = len(in_state) == len(all_state)
         grouped = by_dtype(numbered + in_state)
         self._exchanged = [Layout.of(g, dtype) for dtype, g in grouped.items()]
+        self._exchanged.sort(key=lambda layout: agreement.holds_header(layout.dtype))
 
         # What is exchanged lies flat: parameters from the start, state as soon as there is some.
         self._flats = [

@@ -16,21 +16,20 @@ layers are updated as they are needed (`settle`). Buckets are then sent in order
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from penstock.errors import NetworkError
 from penstock.exchange import agreement
 from penstock.exchange.agreement import HEADER_SIZE, Clip, Outcome
+from penstock.exchange.bucket import cut
 from penstock.exchange.flat import Layout, by_dtype
 from penstock.exchange.group import Group
+from penstock.exchange.late_update import LateUpdate
 from penstock.exchange.order import sending_order
-from penstock.exchange.shard_sum import ShardSum
 
 MEASURED_STEP = 2
 """The step, counted from 0, after which buckets are ordered by how long its backward took."""
@@ -71,9 +70,10 @@ class GradientAgreement:
         self._names = [name for name, _ in parameters]
         self._parameters = [parameter for _, parameter in parameters]
         self._group, self._optimizer, self._own = group, optimizer, own
-        self._clip, self._where, self._into_forward = clip, where, into_forward
+        self._clip, self._where = clip, where
         backward_order = [(str(n), p) for n, p in enumerate(self._parameters)][::-1]
         self._layouts = [Layout.of(g, dtype) for dtype, g in by_dtype(backward_order).items()]
+        self._layouts.sort(key=lambda layout: agreement.holds_header(layout.dtype))
         self._borders = {
             str(layout.dtype): (
                 [list(b) for b in layout.buckets(bucket_bytes)]
@@ -97,27 +97,20 @@ class GradientAgreement:
         self._totals = [
             s.rows[0][: layout.length] for s, layout in zip(self._sums, self._layouts, strict=False)
         ]
-        self._buckets = self._cut()
+        self._buckets = cut(self._parameters, self._layouts, self._borders, self._sums)
         """In the order in which backward fills them. The last one is sent by `commit`."""
         self.order = list(range(len(self._buckets)))
         """In which they are sent, on all workers."""
-        self._missing: list[int] = []
+        self._missing: list[set[int]] = []
         self._sent, self._armed = 0, False
         self._checks_ahead = device.type == "cpu"  # a GPU would have to be waited for
         self._i, self._row, self._examples, self._loss = 0, 0, 0, 0.0
-        self._bucket_of = {
-            id(self._parameters[n]): b for b, bucket in enumerate(self._buckets) for n in bucket.of
-        }
-        for bucket, each in enumerate(self._buckets[:-1]):
-            for n in each.of:
-                self._parameters[n].register_post_accumulate_grad_hook(self._hook(bucket))  # type: ignore[no-untyped-call]
-
+        for number, bucket in enumerate(self._buckets[:-1]):
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
+        self._late = LateUpdate(optimizer, self._buckets, clip) if into_forward else None
         self._commits, self._began = 0, 0.0
         self._ready_s = [0.0] * len(self._buckets)
-        self._pending: set[int] = set()
-        self._settling = threading.RLock()
-        self._zero_later, self._divisor = False, 0
-        self._options: list[dict[str, Any]] = []
 
     def borders(self) -> dict[str, list[list[int]]]:
         return self._borders
@@ -125,11 +118,9 @@ class GradientAgreement:
     def activate(self, i: int) -> None:
         self._i, self._row = i, self._sums[0].row_index(i)
         self._examples, self._loss, self._sent = 0, 0.0, 0
-        if self._pending:  # whose sums are yet to come
-            self._zero_later = True
-            for b, bucket in enumerate(self._buckets):
-                if b not in self._pending:
-                    bucket.rows[self._row].zero_()
+        agreement.hide_gradients(self._parameters)
+        if self._late is not None and self._late.under_way:
+            self._late.next_step(self._row)
             return
         for s in self._sums:
             s.row(i).zero_()
@@ -139,7 +130,7 @@ class GradientAgreement:
         self._examples += examples
         self._armed = last and self._i + 1 == len(self._own) and len(self._buckets) > 1
         if self._armed:
-            self._missing = [len(bucket.of) for bucket in self._buckets]
+            self._missing = [set(map(id, bucket.parameters)) for bucket in self._buckets]
             self._began = time.perf_counter()
         # Hidden until the update: a loop's zero_grad can neither take nor clear them.
         self._point_at(self._row)
@@ -159,8 +150,10 @@ class GradientAgreement:
                 self._headers[-1], self._examples, self._loss, stop=stop, save=save
             )
         self._send_rest()
-        if self._into_forward:
-            outcome = self._begin_update()
+        if self._late is not None and self._late.possible():
+            self._buckets[-1].finish()
+            outcome = Outcome.of(self._total_header)
+            self._late.begin(outcome.examples)
         else:
             for bucket in self._buckets:
                 bucket.finish()
@@ -171,6 +164,8 @@ class GradientAgreement:
                 self._point_at(0)
                 agreement.clip_gradients(self._totals, self._clip)
                 self._optimizer.step()
+        if self._late is not None and self._commits == MEASURED_STEP:
+            self._order_anew()
         self._commits += 1
         return outcome
 
@@ -200,50 +195,36 @@ class GradientAgreement:
 
     def settle(self, parameter: torch.nn.Parameter | None = None) -> None:
         """Waits until a parameter, or each of them, is as the last step has left it."""
-        if not self._pending:
-            return
-        with self._settling:
-            wanted = self.order if parameter is None else [self._bucket_of.get(id(parameter), -1)]
-            for bucket in wanted:
-                if bucket in self._pending:
-                    self._update(bucket)
+        if self._late is not None:
+            self._late.settle(parameter)
 
     def _point_at(self, row: int) -> None:
         for parameter, view in zip(self._parameters, self._views[row], strict=True):
             parameter.grad = view
 
-    def _cut(self) -> list[_Bucket]:
-        """The buckets of all flat tensors, and one of the header where it stands alone."""
-        found = []
-        groups = [group["params"] for group in self._optimizer.param_groups]
-        group_of = {id(p): number for number, group in enumerate(groups) for p in group}
-        for layout, s in zip(self._layouts, self._sums, strict=False):
-            slots = list(layout.slots)
-            for index, (start, stop) in enumerate(self._borders[str(layout.dtype)]):
-                last = stop == layout.length
-                of = [int(slot.name) for slot in slots if slot.start < stop or last]
-                del slots[: len(of)]
-                by_group: list[list[torch.nn.Parameter]] = [[] for _ in groups]
-                for n in of:
-                    by_group[group_of[id(self._parameters[n])]].append(self._parameters[n])
-                gradients = [row[start:stop] for row in s.rows]
-                rows = [row[start:] for row in s.rows] if last else gradients
-                found.append(_Bucket(s, index, of, by_group, gradients, rows))
-        if len(self._sums) > len(self._layouts):
-            rows = self._sums[-1].rows
-            found.append(_Bucket(self._sums[-1], 0, [], [], [row[:0] for row in rows], rows))
-        return found
-
     def _hook(self, bucket: int) -> Callable[[torch.Tensor], None]:
         def arrived(parameter: torch.Tensor) -> None:
-            if self._armed:
-                self._missing[bucket] -= 1
-                if not self._missing[bucket]:
-                    self._ready_s[bucket] = time.perf_counter() - self._began
-                    if bucket == self.order[self._sent]:
-                        self._send_ahead()
+            if not self._armed:
+                return
+            if bucket in self.order[: self._sent]:
+                raise self._twice(parameter)
+            missing = self._missing[bucket]
+            missing.discard(id(parameter))
+            if not missing:
+                self._ready_s[bucket] = time.perf_counter() - self._began
+                if bucket == self.order[self._sent]:
+                    self._send_ahead()
 
         return arrived
+
+    def _twice(self, parameter: torch.Tensor) -> NetworkError:
+        found = zip(self._names, self._parameters, strict=True)
+        name = next(name for name, own in found if own is parameter)
+        return NetworkError(
+            f"{self._where(self._i)}: parameter {name} got more gradient after it seemed to have "
+            "all, and was sent",
+            hint="checkpoint(..., use_reentrant=False); or a larger strategy.bucket_bytes",
+        )
 
     def _send_ahead(self) -> None:
         """Sends the buckets that are ready, while backward goes on.
@@ -263,7 +244,7 @@ class GradientAgreement:
         """Sends what backward has left to be sent, on all workers in one order."""
         for bucket in self.order[self._sent :]:
             self._sent += 1
-            at_once = self._sent == len(self.order) and not self._into_forward
+            at_once = self._sent == len(self.order) and self._late is None
             self._buckets[bucket].send(sync=at_once)
 
     def _finite(self, bucket: int) -> bool:
@@ -286,49 +267,6 @@ class GradientAgreement:
             self._ready_s[-1] = time.perf_counter() - self._began
         self._armed = False
 
-    def _begin_update(self) -> Outcome:
-        """The step is made as soon as the first layers' sums are there, and what all say."""
-        last = len(self._buckets) - 1
-        self._buckets[last].finish()
-        outcome = Outcome.of(self._total_header)
-        self._divisor, self._zero_later = outcome.examples, False
-        # As they are in this step: a schedule may go on before the last parameter is updated.
-        self._options = [dict(group) for group in self._optimizer.param_groups]
-        self._pending = set(range(last))
-        self._update_parameters(self._buckets[last])
-        if self._commits == MEASURED_STEP:
-            self._order_anew()
-        return outcome
-
-    def _update(self, number: int) -> None:
-        """Waits for a pending bucket, and updates its parameters."""
-        bucket = self._buckets[number]
-        bucket.finish()
-        self._pending.discard(number)
-        self._update_parameters(bucket)
-        if self._zero_later:
-            bucket.rows[self._row].zero_()
-
-    def _update_parameters(self, bucket: _Bucket) -> None:
-        """The optimizer's step for these parameters alone."""
-        if not self._divisor or not bucket.of:
-            return
-        total = bucket.gradients[0]
-        total.div_(self._divisor)
-        agreement.clip_gradients([total], self._clip)
-        for n in bucket.of:
-            self._parameters[n].grad = self._views[0][n]
-        optimizer, groups = self._optimizer, self._optimizer.param_groups
-        optimizer.param_groups = [
-            options | {"params": parameters}
-            for options, parameters in zip(self._options, bucket.by_group, strict=True)
-            if parameters
-        ]
-        try:
-            optimizer.step()
-        finally:
-            optimizer.param_groups = groups
-
     def _order_anew(self) -> None:
         """From the next step on, buckets go in order of need. Collective."""
         own = torch.tensor(self._ready_s, dtype=torch.float64)
@@ -336,29 +274,3 @@ class GradientAgreement:
         self._group.all_gather(everyone, own, sync=True).wait()
         takes_s = [self._group.all_reduce_s(bucket.gradients[0].nbytes) for bucket in self._buckets]
         self.order = sending_order(everyone.amax(0).tolist(), takes_s)
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    """What is sent together.
-
-    Arguments:
-        sum, index: of which sum it is a part, and which.
-        of: the numbers of its parameters.
-        by_group: its parameters in each of the optimizer's groups.
-        gradients: by row, (elements,): theirs.
-        rows: by row: those and, in the last bucket, the header.
-    """
-
-    sum: ShardSum
-    index: int
-    of: list[int]
-    by_group: list[list[torch.nn.Parameter]]
-    gradients: list[torch.Tensor]
-    rows: list[torch.Tensor]
-
-    def send(self, *, sync: bool = False) -> None:
-        self.sum.send(self.index, sync=sync)
-
-    def finish(self) -> None:
-        self.sum.finish(self.index)

@@ -3,13 +3,14 @@ be updated waits for it first, and for it alone.
 
 Parameters are read through their modules: as attributes, by `parameters()`, by `state_dict()`. All
 of these look into a module's own dict, which is replaced by one that says so beforehand; and before
-a module's forward it is said for all its parameters, as some keep them elsewhere too (nn.LSTM). Who
-has kept a parameter of somebody else's reads what the step before has left of it.
+a module's forward it is said for all parameters that it keeps, as some have a list of them
+(nn.LSTM). Who has kept a parameter elsewhere, as torch.jit.trace does, reads what the step before
+has left of it. Of the optimizer's state, `state_dict` waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, ItemsView, Sequence, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, Sequence, ValuesView
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ def obstacle(network: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: C
         for key, value in group.items():
             if isinstance(value, torch.Tensor):
                 return f"the optimizer's {key} is a tensor, which may change at any time"
+    trained = {id(p) for p in network.parameters()}
+    if any(id(p) not in trained for group in optimizer.param_groups for p in group["params"]):
+        return "the optimizer has a parameter that the network has not"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "the optimizer has hooks, which expect one step for all parameters"
     for name, module in network.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None:
             return f"module {name or 'itself'} of the network is compiled"
@@ -49,14 +55,20 @@ def obstacle(network: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: C
     return None
 
 
-def watch(network: torch.nn.Module, trained: Sequence[torch.nn.Parameter], settle: Settle) -> None:
-    """From now on `settle` is called with each of these parameters before somebody gets it."""
+def watch(
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trained: Sequence[torch.nn.Parameter],
+    settle: Callable[..., None],
+) -> None:
+    """From now on `settle` is called with each of these parameters before somebody gets it, and
+    without any before somebody gets the optimizer's state."""
     known = {id(p) for p in trained}
     for module in network.modules():
-        own = [p for p in module._parameters.values() if id(p) in known]
-        if own:
+        if any(id(p) in known for p in module._parameters.values()):
             module.__dict__["_parameters"] = _Watched(module._parameters, settle)
-            module.register_forward_pre_hook(_Before(own, settle), prepend=True)
+        module.register_forward_pre_hook(_Before(settle), prepend=True)
+    optimizer.register_state_dict_pre_hook(lambda _: settle())
 
 
 class _Watched(dict[str, "torch.nn.Parameter | None"]):
@@ -77,6 +89,14 @@ class _Watched(dict[str, "torch.nn.Parameter | None"]):
         if isinstance(found, torch.nn.Parameter):
             self._settle(found)
         return found
+
+    def __iter__(self) -> Iterator[str]:
+        """Also of who copies the dict."""
+        self._settle_all()
+        return super().__iter__()
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else super().setdefault(name, default)
 
     def values(self) -> ValuesView[Any]:  # type: ignore[override]
         self._settle_all()
@@ -102,12 +122,16 @@ class _Watched(dict[str, "torch.nn.Parameter | None"]):
 class _Before:
     """What is called before a module's forward."""
 
-    def __init__(self, own: list[Any], settle: Settle) -> None:
-        self._own, self._settle = own, settle
+    def __init__(self, settle: Settle) -> None:
+        self._settle = settle
 
     def __call__(self, module: torch.nn.Module, arguments: Any) -> None:
-        for parameter in self._own:
-            self._settle(parameter)
+        module._parameters.values()  # are settled
+        for value in vars(module).values():
+            if isinstance(value, (list, tuple)):
+                for kept in value:
+                    if isinstance(kept, torch.nn.Parameter):
+                        self._settle(kept)
 
     def __reduce__(self) -> Any:
         return _Nothing, ()

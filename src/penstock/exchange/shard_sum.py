@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from penstock.exchange import tree
+from penstock.exchange.flat import ALIGNMENT_BYTES
 from penstock.exchange.group import Group, Work
 from penstock.exchange.reduction import Total
 
@@ -58,12 +59,14 @@ class ShardSum:
             self._row_of.append(depth)
             depth += 1 - additions
         rows = max(max(self._row_of) + 1, self._most)
-        num_bytes = rows * self._length * dtype.itemsize
+        line = max(1, ALIGNMENT_BYTES // dtype.itemsize)
+        stride = -(-self._length // line) * line  # rows are aligned alike
+        num_bytes = rows * stride * dtype.itemsize
         if device.type == "cpu" and group.world_size > 1:
             memory = group.allocate(num_bytes)
         else:
             memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._matrix = memory.view(dtype).view(rows, self._length)
+        self._matrix = memory.view(dtype).view(rows, stride)[:, : self._length]
         self.rows: list[torch.Tensor] = list(self._matrix)
         """The flat tensors that `row` hands out, each (length,)."""
         self._parts = [self.rows[0][start:stop] for start, stop in self._buckets]
@@ -104,8 +107,9 @@ class ShardSum:
             self._under_way[bucket] = self._group.all_gather(output, given, sync=sync), output
 
     def finish(self, bucket: int) -> None:
-        """Waits until the sum of a bucket that was sent stands in the first row."""
-        if self._group.world_size == 1:
+        """Waits until the sum of a bucket that was sent stands in the first row; again: does
+        nothing."""
+        if bucket not in self._under_way:
             return
         work, output = self._under_way[bucket]
         work.wait()

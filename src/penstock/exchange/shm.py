@@ -49,7 +49,8 @@ _ENTRY = struct.Struct("<qq")  # for each rank: bytes, place
 _TEXT_BYTES, _NAME_BYTES, _NONCE_BYTES = 256, 64, 16
 _ALLOCATION = 1 << 40  # a place is allocation * this + offset, or -1 - offset in the slot
 
-_SPINS, _YIELDS = 200, 1000  # some 10 us, and some 500 us; to sleep and be woken costs 100 us
+_SPINS = 200  # some 10 us
+_YIELDS = 1000  # some 500 us, and more where every rank has a core: to be woken costs 100 us
 _NAP_S = 0.005
 _SAY_S = 1.0
 _SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1  # on x86-64
@@ -118,7 +119,8 @@ class ShmTransport:
         self._allocations: list[list[torch.Tensor]] = []
         self._texts: list[Operation | None] = [None, None]
         self._known: dict[tuple[int, int, int], _Small] = {}
-        self._spins = _SPINS if self.world_size <= len(os.sched_getaffinity(0)) else 0
+        alone = self.world_size <= len(os.sched_getaffinity(0))
+        self._spins, self._yields = (_SPINS, 4 * _YIELDS) if alone else (0, _YIELDS)
         self._round = 0
 
     def share(self, turn: Turn, parts: Views, sizes: Sequence[int], read: Read) -> None:
@@ -335,11 +337,11 @@ class ShmTransport:
                 self._wait(peer, current, wait)
 
     def _spun(self, posted: memoryview, current: int) -> bool:
-        """Whether a number has come while trying for some 100 us."""
+        """Whether a number has come while trying for a while."""
         for _ in range(self._spins):
             if posted[0] >= current:
                 return True
-        for _ in range(_YIELDS):
+        for _ in range(self._yields):
             if posted[0] >= current:
                 return True
             _yield()

@@ -81,7 +81,9 @@ class Worker:
         device: where its network and batches are.
         resumed: whether the run goes on from a checkpoint.
         memory: JSON values that checkpoints keep; for a loop's own state.
-        after_step: functions called with the worker after every step, on all workers alike.
+        after_step: functions called with the worker after every step, on all workers alike; when
+            all parameters are updated, unless a function has an attribute `settles` that is true:
+            it waits itself (`settle`) for what it reads.
     """
 
     def __init__(
@@ -217,9 +219,6 @@ class Worker:
             self.shards,
             self.num_shards,
         )
-        if (trace := self._trace) is not None:
-            made.register_step_pre_hook(lambda *_: trace.begin("update"))
-            made.register_step_post_hook(lambda *_: trace.end())
         agreement = self._prepared.agreement
         self.plan = self.plan.with_network(
             agreement.borders(),
@@ -292,7 +291,7 @@ class Worker:
                     supply.close()
                     supply = None
                     if feed.rows is None:
-                        self._settle(feed)
+                        self._learn_manifest(feed)
                     counted = feed.steps_per_epoch(batch_size * accumulate)
                     self._shown["steps_per_epoch"] = counted
                 if ended:
@@ -357,12 +356,12 @@ class Worker:
             self._save = True
 
     def settle(self) -> None:
-        """Waits until all parameters are as the last step has left them.
+        """Waits until all parameters and the optimizer's state are as the last step has left them.
 
-        Needed by who has kept a parameter and reads it after a batch has come and before the
-        network is called, where `AllReduce.into_forward` is used. Through the network itself
-        (`network.layer.weight`, `network.parameters()`) they are never read too early, and
-        functions of `after_step` are called when all is settled.
+        Needed, where `AllReduce.into_forward` is used, by who has kept a parameter or looks into
+        `optimizer.state` after a batch has come and before the network is called. Through the
+        network (`network.layer.weight`, `network.parameters()`) parameters are not read too early,
+        and functions of `after_step` are called when all is settled.
         """
         self._need_prepared().agreement.settle()
 
@@ -405,7 +404,7 @@ class Worker:
                 batch_size=batch_size,
             )
         if feed.rows is None:
-            self._settle(feed)
+            self._learn_manifest(feed)
         self._progress.evaluated[name] = self.global_step
         if self._recorder is not None:
             if self._evaluated_before.get(name) != self.global_step:  # else it is in the events
@@ -457,6 +456,7 @@ class Worker:
     ) -> GradientAgreement | AveragingAgreement:
         strategy, clip = self._settings.strategy, self._settings.clip
         if isinstance(strategy, Averaging):
+            self._trace_updates(optimizer)
             return AveragingAgreement(
                 self._group,
                 trained,
@@ -468,16 +468,8 @@ class Worker:
                 clip=clip,
                 where=self._where,
             )
-        goes_on = strategy.into_forward
-        if goes_on is not False and (why := into_forward.obstacle(network, optimizer, clip)):
-            if goes_on:
-                raise JobError(
-                    f"strategy.into_forward: {why}",
-                    hint="leave it out: it is then used where it can be",
-                )
-            goes_on = False
-        if goes_on is None:
-            goes_on = self._group.all_reduce_s(1) is not None  # there are several hosts
+        goes_on = self._goes_into_forward(network, optimizer, strategy)
+        self._trace_updates(optimizer)
         agreement = GradientAgreement(
             self._group,
             trained,
@@ -491,8 +483,28 @@ class Worker:
             into_forward=goes_on,
         )
         if goes_on:
-            into_forward.watch(network, [p for _, p in trained], agreement.settle)
+            into_forward.watch(network, optimizer, [p for _, p in trained], agreement.settle)
         return agreement
+
+    def _goes_into_forward(
+        self, network: torch.nn.Module, optimizer: torch.optim.Optimizer, strategy: AllReduce
+    ) -> bool:
+        """Whether the exchange may go on into the next forward, and there is something to gain."""
+        asked = strategy.into_forward
+        if asked is None and self._group.all_reduce_s(1) is None:  # there is one host
+            return False
+        why = into_forward.obstacle(network, optimizer, self._settings.clip)
+        if asked and why:
+            raise JobError(
+                f"strategy.into_forward: {why}",
+                hint="leave it out: it is then used where it can be",
+            )
+        return asked is not False and not why
+
+    def _trace_updates(self, optimizer: torch.optim.Optimizer) -> None:
+        if (trace := self._trace) is not None:
+            optimizer.register_step_pre_hook(lambda *_: trace.begin("update"))
+            optimizer.register_step_post_hook(lambda *_: trace.end())
 
     def _where(self, i: int) -> str:
         return f"step {self._progress.step + 1}, shard {self.shards[i]} on rank {self.rank}"
@@ -577,7 +589,7 @@ class Worker:
         self._group.all_reduce(votes, Reduction("max"), sync=True).wait()
         return bool(votes.item())
 
-    def _settle(self, feed: Feed) -> None:
+    def _learn_manifest(self, feed: Feed) -> None:
         """What nobody had counted before is read: all learn its manifest. Collective."""
         parts = gather_words(self._group, feed.parts())
         feed.settle([part for rank in parts for part in rank])

@@ -81,13 +81,17 @@ class EventWriter:
             wall_time: seconds since 1970; now by default.
         """
         numbers = tuple(map(float, values.values()))
-        self.row(int(step), tuple(values), numbers, time.time() if wall_time is None else wall_time)
+        self.row(int(step), tuple(values), numbers, wall_time)
 
     def row(
-        self, step: int, tags: tuple[str, ...], values: tuple[float, ...], wall_time: float = 0.0
+        self,
+        step: int,
+        tags: tuple[str, ...],
+        values: tuple[float, ...],
+        wall_time: float | None = None,
     ) -> None:
         """As `scalars`, for who writes the same tags at every step."""
-        self._append((wall_time or time.time(), step, tags, values))
+        self._append((time.time() if wall_time is None else wall_time, step, tags, values))
 
     def histogram(self, step: int, tag: str, values: torch.Tensor | NDArray[Any]) -> None:
         """Writes how values (any shape) are distributed, in TensorFlow's buckets, 10% wide.
