@@ -554,8 +554,6 @@ OPTIMIZERS = {
 def test_an_exchange_that_goes_on_into_forward_changes_no_bit(
     kind: Callable[[], nn.Module], name: str
 ) -> None:
-    if kind is Mixed and "fused" in name:
-        pytest.skip("its step counts would be of two dtypes")
     template, optimizer = kind(), OPTIMIZERS[name]
     options: Any = {"steps": 6, "optimizer": optimizer, "clip": Clip(value=0.05)}
     (alone,) = train(template, losses_of, 1, **options)

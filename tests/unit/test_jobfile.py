@@ -496,7 +496,7 @@ def test_resolved_yaml_fills_in_what_follows_other_values(tmp_path: Path) -> Non
     assert next(iter(values)) == "name"
     assert (values["name"], values["shards"]) == ("lenet", 3)
     assert values["evaluate"]["task"] == "classification"
-    assert values["strategy"] == {"allreduce": {"bucket_bytes": 4194304}}
+    assert values["strategy"] == {"allreduce": {"bucket_bytes": 4194304, "into_forward": None}}
 
 
 def test_python_and_yaml_give_one_job(tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ class Outcome:
     @classmethod
     def of(cls, header: torch.Tensor) -> Outcome:
         """What the sum of all shards' headers, (HEADER_SIZE,), says."""
-        thousands, ones, loss, stop, save = header.tolist()
-        examples = int(thousands * _BASE + ones)
+        high, low, loss, stop, save = header.tolist()
+        examples = int(high * _BASE + low)
         return cls(examples, loss / examples if examples else math.nan, stop > 0, save > 0)
 
 
@@ -46,8 +46,7 @@ def write_header(
     into: torch.Tensor, examples: int, loss: float, *, stop: bool = False, save: bool = False
 ) -> None:
     """Fills a shard's header, (HEADER_SIZE,): examples, the sum of their losses, two wishes."""
-    thousands, ones = divmod(examples, _BASE)
-    words = (thousands, ones, loss, stop, save)
+    words = (*divmod(examples, _BASE), loss, stop, save)
     if into.is_cpu:
         into.numpy()[:] = words  # a tenth of the time
     else:

@@ -454,9 +454,12 @@ class Worker:
         trained: list[tuple[str, torch.nn.Parameter]],
         optimizer: torch.optim.Optimizer,
     ) -> GradientAgreement | AveragingAgreement:
-        strategy, clip = self._settings.strategy, self._settings.clip
+        strategy, clip, trace = self._settings.strategy, self._settings.clip, self._trace
+        goes_on = self._goes_into_forward(network, optimizer)
+        if trace is not None:
+            optimizer.register_step_pre_hook(lambda *_: trace.begin("update"))
+            optimizer.register_step_post_hook(lambda *_: trace.end())
         if isinstance(strategy, Averaging):
-            self._trace_updates(optimizer)
             return AveragingAgreement(
                 self._group,
                 trained,
@@ -468,8 +471,6 @@ class Worker:
                 clip=clip,
                 where=self._where,
             )
-        goes_on = self._goes_into_forward(network, optimizer, strategy)
-        self._trace_updates(optimizer)
         agreement = GradientAgreement(
             self._group,
             trained,
@@ -487,10 +488,12 @@ class Worker:
         return agreement
 
     def _goes_into_forward(
-        self, network: torch.nn.Module, optimizer: torch.optim.Optimizer, strategy: AllReduce
+        self, network: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> bool:
         """Whether the exchange may go on into the next forward, and there is something to gain."""
-        asked = strategy.into_forward
+        if isinstance(self._settings.strategy, Averaging):
+            return False
+        asked = self._settings.strategy.into_forward
         if asked is None and self._group.all_reduce_s(1) is None:  # there is one host
             return False
         why = into_forward.obstacle(network, optimizer, self._settings.clip)
@@ -500,11 +503,6 @@ class Worker:
                 hint="leave it out: it is then used where it can be",
             )
         return asked is not False and not why
-
-    def _trace_updates(self, optimizer: torch.optim.Optimizer) -> None:
-        if (trace := self._trace) is not None:
-            optimizer.register_step_pre_hook(lambda *_: trace.begin("update"))
-            optimizer.register_step_post_hook(lambda *_: trace.end())
 
     def _where(self, i: int) -> str:
         return f"step {self._progress.step + 1}, shard {self.shards[i]} on rank {self.rank}"
