@@ -650,6 +650,7 @@ OBSTACLES: dict[str, Callable[[nn.Module], tuple[nn.Module, torch.optim.Optimize
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("words", OBSTACLES)
 def test_what_cannot_be_updated_one_by_one_is_not(words: str) -> None:
     assert re.search(words, str(obstacle(*OBSTACLES[words](nn.Linear(2, 2)))))
