@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from penstock.errors import Diverged
-from penstock.exchange.flat import Layout
+from penstock.exchange.flat import Layout, by_dtype
 from penstock.exchange.group import Group
 from penstock.exchange.shard_sum import ShardSum
 
@@ -53,9 +53,13 @@ def write_header(
         into.copy_(torch.tensor(words, dtype=into.dtype))
 
 
-def holds_header(dtype: torch.dtype) -> bool:
-    """Whether a header can be summed in it."""
-    return dtype in (torch.float32, torch.float64)
+_HOLD_HEADERS = (torch.float32, torch.float64)
+
+
+def layouts_of(tensors: Sequence[tuple[str, torch.Tensor]]) -> list[Layout]:
+    """A layout for each dtype, the last of one that can hold a header, if there is one."""
+    layouts = [Layout.of(group, dtype) for dtype, group in by_dtype(tensors).items()]
+    return sorted(layouts, key=lambda layout: layout.dtype in _HOLD_HEADERS)
 
 
 def sums_of(
@@ -67,7 +71,7 @@ def sums_of(
 ) -> list[ShardSum]:
     """Sums of flat tensors, each given by its dtype and borders. The last one holds, behind its
     tensors, the header; where no flat tensor can hold one, another is made."""
-    if not flats or not holds_header(flats[-1][0]):
+    if not flats or flats[-1][0] not in _HOLD_HEADERS:
         flats = [*flats, (torch.float64, [(0, 0)])]
     dtype, borders = flats[-1]
     start, stop = borders[-1]
@@ -161,23 +165,36 @@ def gradient_views(
     return [by_name[p.dtype, str(number)] for number, p in enumerate(parameters)]
 
 
-def check_finite(loss: float, gradients: dict[str, torch.Tensor], where: str) -> None:
+def finite(flat: torch.Tensor) -> bool:
+    """Whether all its numbers are, and their sum."""
+    return math.isfinite(flat.sum().item())
+
+
+def check_finite(
+    loss: float,
+    flats: Iterable[torch.Tensor],
+    gradients: Iterable[tuple[str, torch.Tensor]],
+    where: Callable[[], str],
+) -> None:
     """Raises Diverged when the loss or a gradient is not finite, naming the first parameter.
 
     Arguments:
-        gradients: of each parameter by name, in order of registration.
+        flats: all gradients of the shard that have not been checked.
+        gradients: each parameter's name and gradient, in order of registration.
         where: names step and shard.
     """
-    bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
-    if math.isfinite(loss) and not bad:
+    if math.isfinite(loss) and all(map(finite, flats)):
         return
+    bad = [name for name, gradient in gradients if not torch.isfinite(gradient).all()]
+    if math.isfinite(loss) and not bad:
+        return  # a sum of finite gradients that overflowed
     gradient = (
         f"the first parameter whose gradient is not finite is {bad[0]}"
         if bad
         else ("all gradients are finite")
     )
     raise Diverged(
-        f"{where}: the loss is {loss}; {gradient}",
+        f"{where()}: the loss is {loss}; {gradient}",
         hint="a smaller learning rate, clip: {norm: 1}, or look for bad values in this batch",
     )
 

@@ -13,7 +13,6 @@ exchanges and SGD, with or without momentum, it equals all-reduce.)
 from __future__ import annotations
 
 import copy
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,9 +84,7 @@ class AveragingAgreement:
             if average_state and isinstance(value, torch.Tensor) and value.is_floating_point()
         ]
         self._all_averaged = len(in_state) == len(all_state)
-        grouped = by_dtype(numbered + in_state)
-        self._exchanged = [Layout.of(g, dtype) for dtype, g in grouped.items()]
-        self._exchanged.sort(key=lambda layout: agreement.holds_header(layout.dtype))
+        self._exchanged = agreement.layouts_of(numbered + in_state)
 
         # What is exchanged lies flat: parameters from the start, state as soon as there is some.
         self._flats = [
@@ -248,13 +245,12 @@ class AveragingAgreement:
             p.grad = view
 
     def _update(self) -> None:
-        finite = all(math.isfinite(flat.sum().item()) for flat in self._gradients)
-        if not (finite and math.isfinite(self._step_loss)):
-            agreement.check_finite(
-                self._step_loss,
-                dict(zip(self._names, self.gradients(), strict=True)),
-                self._where(self._i),
-            )
+        agreement.check_finite(
+            self._step_loss,
+            self._gradients,
+            zip(self._names, self.gradients(), strict=True),
+            lambda: self._where(self._i),
+        )
         agreement.clip_gradients(self._gradients, self._clip)
         self._point_at_gradients()
         self._optimizer.step()

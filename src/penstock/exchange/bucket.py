@@ -41,6 +41,7 @@ class Bucket:
 
 def cut(
     parameters: Sequence[torch.nn.Parameter],
+    totals: Sequence[torch.Tensor],
     layouts: Sequence[Layout],
     borders: Mapping[str, Sequence[Sequence[int]]],
     sums: Sequence[ShardSum],
@@ -50,18 +51,20 @@ def cut(
 
     Arguments:
         parameters: their numbers are the names in the layouts.
+        totals: by parameter, its view in the sums' first rows.
         borders: by dtype.
     """
     found = []
     for layout, s in zip(layouts, sums, strict=False):
-        views, done = layout.views(s.rows[0]), 0
+        done = 0
         for index, (start, stop) in enumerate(borders[str(layout.dtype)]):
             last = stop == layout.length
             until = sum(slot.start < stop or last for slot in layout.slots)
-            of = [parameters[int(slot.name)] for slot in layout.slots[done:until]]
+            numbers = [int(slot.name) for slot in layout.slots[done:until]]
+            of, views = [parameters[n] for n in numbers], [totals[n] for n in numbers]
             gradients = [row[start:stop] for row in s.rows]
             rows = [row[start:] for row in s.rows] if last else gradients
-            found.append(Bucket(s, index, of, views[done:until], gradients, rows))
+            found.append(Bucket(s, index, of, views, gradients, rows))
             done = until
     for s in sums[len(layouts) :]:
         found.append(Bucket(s, 0, [], [], [row[:0] for row in s.rows], s.rows))

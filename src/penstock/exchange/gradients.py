@@ -15,7 +15,6 @@ layers are updated as they are needed (`settle`). Buckets are then sent in order
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ from penstock.errors import NetworkError
 from penstock.exchange import agreement
 from penstock.exchange.agreement import HEADER_SIZE, Clip, Outcome
 from penstock.exchange.bucket import cut
-from penstock.exchange.flat import Layout, by_dtype
 from penstock.exchange.group import Group
 from penstock.exchange.late_update import LateUpdate
 from penstock.exchange.order import sending_order
@@ -72,8 +70,7 @@ class GradientAgreement:
         self._group, self._optimizer, self._own = group, optimizer, own
         self._clip, self._where = clip, where
         backward_order = [(str(n), p) for n, p in enumerate(self._parameters)][::-1]
-        self._layouts = [Layout.of(g, dtype) for dtype, g in by_dtype(backward_order).items()]
-        self._layouts.sort(key=lambda layout: agreement.holds_header(layout.dtype))
+        self._layouts = agreement.layouts_of(backward_order)
         self._borders = {
             str(layout.dtype): (
                 [list(b) for b in layout.buckets(bucket_bytes)]
@@ -97,7 +94,9 @@ class GradientAgreement:
         self._totals = [
             s.rows[0][: layout.length] for s, layout in zip(self._sums, self._layouts, strict=False)
         ]
-        self._buckets = cut(self._parameters, self._layouts, self._borders, self._sums)
+        self._buckets = cut(
+            self._parameters, self._views[0], self._layouts, self._borders, self._sums
+        )
         """In the order in which backward fills them. The last one is sent by `commit`."""
         self.order = list(range(len(self._buckets)))
         """In which they are sent, on all workers."""
@@ -234,7 +233,7 @@ class GradientAgreement:
         """
         last = len(self._buckets) - 1
         while (bucket := self.order[self._sent]) != last and not self._missing[bucket]:
-            if self._checks_ahead and not self._finite(bucket):
+            if self._checks_ahead and not agreement.finite(self._mine(bucket)):
                 self._armed = False
                 return
             self._buckets[bucket].send()
@@ -247,19 +246,19 @@ class GradientAgreement:
             at_once = self._sent == len(self.order) and self._late is None
             self._buckets[bucket].send(sync=at_once)
 
-    def _finite(self, bucket: int) -> bool:
-        """Whether the active shard's gradients in a bucket are; a sum may also overflow."""
-        return math.isfinite(self._buckets[bucket].gradients[self._row].sum().item())
+    def _mine(self, bucket: int) -> torch.Tensor:
+        """The active shard's gradients in a bucket."""
+        return self._buckets[bucket].gradients[self._row]
 
     def _end_shard(self) -> None:
         if self._examples:
             unsent = self.order[self._sent if self._checks_ahead else 0 :]
-            if not (math.isfinite(self._loss) and all(map(self._finite, unsent))):
-                agreement.check_finite(
-                    self._loss,
-                    dict(zip(self._names, self._views[self._row], strict=True)),
-                    self._where(self._i),
-                )
+            agreement.check_finite(
+                self._loss,
+                map(self._mine, unsent),
+                zip(self._names, self._views[self._row], strict=True),
+                lambda: self._where(self._i),
+            )
         agreement.write_header(self._headers[self._i], self._examples, self._loss)
         for s in self._sums:
             s.added(self._i)

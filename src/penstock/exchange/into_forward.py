@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from penstock.exchange.agreement import Clip
+from penstock.exchange.late_update import step_hooks
 
 Settle = Callable[[torch.nn.Parameter], None]
 
@@ -43,7 +44,7 @@ def obstacle(network: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: C
     trained = {id(p) for p in network.parameters()}
     if any(id(p) not in trained for group in optimizer.param_groups for p in group["params"]):
         return "the optimizer has a parameter that the network has not"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if step_hooks(optimizer):
         return "the optimizer has hooks, which expect one step for all parameters"
     for name, module in network.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None:

@@ -39,7 +39,7 @@ class LateUpdate:
             [[p for p in group["params"] if bucket_of.get(id(p)) == b] for b in range(len(buckets))]
             for group in optimizer.param_groups
         ]
-        self._around = self._surroundings()
+        self._around = step_hooks(optimizer), len(optimizer.param_groups)
         self.under_way = False
         """Whether a parameter may not be up to date."""
         self._pending: set[int] = set()
@@ -52,7 +52,8 @@ class LateUpdate:
     def possible(self) -> bool:
         """Whether nothing has happened meanwhile that wants one update for all: a hook of the
         optimizer, another of its groups, or a compiler, which would look into what is done here."""
-        return self._around == self._surroundings() and not _compiling()
+        around = step_hooks(self._optimizer), len(self._optimizer.param_groups)
+        return around == self._around and not _compiling()
 
     def begin(self, examples: int) -> None:
         """All buckets have been sent, and the last one has come: its parameters are updated now.
@@ -120,15 +121,12 @@ class LateUpdate:
             agreement.hide_gradients(bucket.parameters)
             bucket.rows[self._next_row].zero_()
 
-    def _surroundings(self) -> tuple[int, ...]:
-        optimizer = self._optimizer
-        return (
-            len(optimizer.param_groups),
-            len(optimizer._optimizer_step_pre_hooks),
-            len(optimizer._optimizer_step_post_hooks),
-            len(torch_optimizer._global_optimizer_pre_hooks),
-            len(torch_optimizer._global_optimizer_post_hooks),
-        )
+
+def step_hooks(optimizer: torch.optim.Optimizer) -> int:
+    """How many functions are called before or after each of its steps."""
+    own = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+    before = len(torch_optimizer._global_optimizer_pre_hooks)
+    return own + before + len(torch_optimizer._global_optimizer_post_hooks)
 
 
 def _compiling() -> bool:

@@ -20,11 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.optim.optimizer as torch_optimizer
+
+from penstock.exchange.late_update import step_hooks
 
 CACHE = "__dynamo_disable"
 STEP_WRAPPER = "_use_grad_for_differentiable"
-GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 PROFILED = getattr(torch.optim.Optimizer, "profile_hook_step", None)
 PROFILING = getattr(torch.autograd, "_profiler_enabled", None)
 
@@ -67,18 +67,12 @@ def _late_step(wrapped: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
         # A step that calls this one has been wrapped itself.
-        if type(self).step is call and (profiling() or _hooked(self)):
+        if type(self).step is call and (profiling() or step_hooks(self)):
             return profiled(self, *arguments, **keywords)
         return late(self, *arguments, **keywords)
 
     call.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it again
     return call
-
-
-def _hooked(optimizer: Any) -> bool:
-    """Whether something is to be called before or after a step."""
-    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    return any((*own, *(vars(torch_optimizer).get(name) for name in GLOBAL_HOOKS)))
 
 
 for _name in ("state_dict", "load_state_dict", "zero_grad", "add_param_group"):
